@@ -1,0 +1,1 @@
+"""Whole-slide translation of fresh-frozen sections to FFPE style."""

@@ -1,4 +1,4 @@
-"""Where the real inputs are, and how a test asks for one (it skips, with the reason, where they are absent)."""
+"""Where the real inputs are, and how a test asks for one (it skips where they are absent)."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Size:
         return self.height * self.width
 
     def halved(self) -> Size:
-        """Extent of the next pyramid level: odd sides are padded by edge replication, so the factor is exactly 2."""
+        """Extent of the next pyramid level; odd sides are padded, so the factor is exactly 2."""
         return Size(ceil_div(self.height, 2), ceil_div(self.width, 2))
 
 

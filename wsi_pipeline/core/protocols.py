@@ -16,6 +16,7 @@ import numpy.typing as npt
 from wsi_pipeline.core.geometry import BlockIndex, Mpp, Region, Size, TileIndex
 
 __all__ = [
+    "LABEL_CELL",
     "WHITE",
     "Block",
     "Context",
@@ -39,6 +40,10 @@ Context: TypeAlias = Mapping[str, Any]
 """Slide-level facts that a generator computed once; JSON-serialisable, part of the plan."""
 
 WHITE = 255
+"""Grey level of glass that nothing covers, and of everything outside a slide."""
+
+LABEL_CELL = 16
+"""Lattice pixels along a side of one pixel of the ``tissue`` and ``disagreement`` labels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,8 +173,8 @@ class Generator(Protocol):
 class Block:
     """The unit of commit. ``pixels_HWC`` is cropped to the level's extent.
 
-    ``disagreement_HW`` (level 0 only): mean absolute difference of overlapping tiles before blending,
-    in grey levels, one value per cell of ``LABEL_CELL`` lattice pixels.
+    ``disagreement_HW`` (level 0 only): how far overlapping tiles differ before blending, in grey
+    levels, the largest sample in each cell of ``LABEL_CELL`` x ``LABEL_CELL`` lattice pixels.
     """
 
     level: int

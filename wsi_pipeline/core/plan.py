@@ -23,7 +23,9 @@ from wsi_pipeline.core.pyramid import PyramidShape, morton
 
 __all__ = ["Background", "Band", "SlidePlan"]
 
-Background: TypeAlias = Literal["source", "white"]
+Background: TypeAlias = Literal["matched", "source", "white"]
+"""What no tissue tile covers: the source in the generator's colours, the source as it is, or white."""
+
 Band: TypeAlias = tuple[int, int]
 """First and one-past-last block row of level 0."""
 
@@ -76,7 +78,7 @@ class SlidePlan:
         region = self.shape.region(0, index)
         if self.roi and not any(region.intersect(part) for part in self.roi):
             return False
-        return self.background == "source" or self._any_tissue(region)
+        return self.background != "white" or self._any_tissue(region)
 
     def _any_tissue(self, region: Region) -> bool:
         rows = self.grid.rows_touching(region.y, region.bottom)

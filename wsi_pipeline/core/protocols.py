@@ -168,6 +168,13 @@ class Generator(Protocol):
     def __call__(self, batch: TileBatch, context: Context) -> U8_BHWC:
         """Translated pixels, same shape and dtype as ``batch.pixels_BHWC``."""
 
+    def background(self, pixels_HWC: U8_HWC, context: Context) -> U8_HWC:
+        """Source pixels that no tile covers, in the colours that this generator gives to glass.
+
+        Pointwise. Why: a generator that whitens pink glass would otherwise leave a staircase of tile
+        borders around the tissue.
+        """
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:

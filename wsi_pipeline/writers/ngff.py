@@ -20,10 +20,13 @@ _CHANNELS = (("Red", "FF0000"), ("Green", "00FF00"), ("Blue", "0000FF"))
 
 
 def image_attributes(
-    name: str, mpp: Mpp, levels: int, version: NgffVersion, extra: dict[str, Any]
+    name: str, mpp: Mpp, levels: int, version: NgffVersion, translation: bool, extra: dict[str, Any]
 ) -> dict[str, Any]:
-    """Attributes of the image group; ``extra`` goes beside the OME metadata under ``wsi_pipeline``."""
-    multiscale = _multiscale(name, mpp, levels, axes="cyx") | {
+    """Attributes of the image group; ``extra`` goes beside the OME metadata under ``wsi_pipeline``.
+
+    ``translation`` False leaves out the half-pixel shifts, as bioformats2raw does.
+    """
+    multiscale = _multiscale(name, mpp, levels, "cyx", translation) | {
         "type": "mean2x2",
         "metadata": {"method": "2x2 box mean, round half up, odd sides padded by replication"},
     }
@@ -51,7 +54,7 @@ def label_attributes(
     method: str,
 ) -> dict[str, Any]:
     """Attributes of one label image; ``mpp`` is that of its level 0, ``colors`` are (value, RGBA)."""
-    multiscale = _multiscale(name, mpp, levels, axes="yx") | {
+    multiscale = _multiscale(name, mpp, levels, "yx", translation=True) | {
         "type": "max2x2",
         "metadata": {"method": method},
     }
@@ -62,7 +65,7 @@ def label_attributes(
     return _versioned({"multiscales": [multiscale], "image-label": label}, version)
 
 
-def _multiscale(name: str, mpp: Mpp, levels: int, axes: str) -> dict[str, Any]:
+def _multiscale(name: str, mpp: Mpp, levels: int, axes: str, translation: bool) -> dict[str, Any]:
     channel = [{"name": "c", "type": "channel"}] if "c" in axes else []
     space = [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "yx"]
     leading = [1.0] * len(channel)
@@ -72,7 +75,7 @@ def _multiscale(name: str, mpp: Mpp, levels: int, axes: str) -> dict[str, Any]:
         steps: list[dict[str, Any]] = [
             {"type": "scale", "scale": [*leading, mpp[0] * factor, mpp[1] * factor]}
         ]
-        if level:
+        if level and translation:
             shift = [mpp[0] * (factor - 1) / 2, mpp[1] * (factor - 1) / 2]
             steps.append({"type": "translation", "translation": [0.0] * len(channel) + shift})
         datasets.append({"path": str(level), "coordinateTransformations": steps})

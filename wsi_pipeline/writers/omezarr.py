@@ -12,7 +12,6 @@ files 0.7 % smaller at 60 % of the speed). zarr-python reads the same files; a t
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +27,7 @@ from wsi_pipeline.core.geometry import BlockIndex, Mpp, Region, Size, ceil_div
 from wsi_pipeline.core.protocols import LABEL_CELL, U8_HW, U8_HWC, WHITE, Block
 from wsi_pipeline.core.pyramid import PyramidShape
 from wsi_pipeline.errors import ConfigError, OutputError
+from wsi_pipeline.writers.manifest import MANIFEST, write_manifest, write_synced
 from wsi_pipeline.writers.ngff import (
     NgffVersion,
     image_attributes,
@@ -35,11 +35,13 @@ from wsi_pipeline.writers.ngff import (
     labels_attributes,
 )
 
-__all__ = ["OmeZarrConfig", "OmeZarrWriter"]
+__all__ = ["LEDGERS", "OmeZarrConfig", "OmeZarrWriter", "read_label"]
 
 CHUNK = 512
 CHUNK_V2 = 1024
 LABELS = ("disagreement", "tissue")
+LEDGERS = "ledger"
+"""Folder of the ledgers inside the store."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,29 +156,25 @@ class OmeZarrWriter:
 
     def finalise(
         self,
-        out: Path,
         name: str,
         tissue_HW: npt.NDArray[np.bool_],
         extra: dict[str, Any],
-        documents: Mapping[str, Any],
-    ) -> Path:
-        """Write labels and metadata, then rename to ``out`` in one step.
+        manifest: dict[str, Any],
+    ) -> None:
+        """Write labels, manifest and, last, the group metadata that makes the folder an OME-Zarr.
 
-        ``tissue_HW`` is the mask on the label grid; ``extra`` goes into the group's attributes,
-        ``documents`` are further JSON files by name.
+        ``tissue_HW`` is the mask on the label grid; ``extra`` goes into the group's attributes. The
+        caller renames the folder.
         """
         try:
             self._write_labels(tissue_HW)
-            for name_, document in documents.items():
-                (self.root / name_).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+            write_manifest(self.root / MANIFEST, manifest)
             for stray in self.root.rglob("*.__lock"):
                 stray.unlink()
             levels, version = len(self._shape.levels), self._config.ngff
-            self._group("", image_attributes(name, self._mpp, levels, version, extra))
-            os.replace(self.root, out)
+            self._group("", image_attributes(name, self._mpp, levels, version, self._config.translation, extra))
         except OSError as error:
-            raise _failed(out, error) from error
-        return out
+            raise _failed(self.root, error) from error
 
     def _write_labels(self, tissue_HW: npt.NDArray[np.bool_]) -> None:
         disagreement = np.asarray(self._disagreement.read().result())
@@ -215,7 +213,7 @@ class OmeZarrWriter:
         else:
             documents = {".zgroup": {"zarr_format": 2}, ".zattrs": attributes}
         for name, document in documents.items():
-            _write_synced(folder / name, json.dumps(document, indent=2))
+            write_synced(folder / name, json.dumps(document, indent=2))
 
 
 _CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
@@ -283,13 +281,6 @@ def _halve_max(pixels_HW: U8_HW) -> U8_HW:
     return np.asarray(blocks.max(axis=(1, 3)), np.uint8)
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _failed(path: Path, error: Exception) -> OutputError:
     """One line for what tensorstore or the operating system said, with the remedy."""
     text = " ".join(str(error).split())
@@ -300,3 +291,14 @@ def _failed(path: Path, error: Exception) -> OutputError:
     else:
         why = f"it cannot be written ({text[:200]})"
     return OutputError(f"{path}: {why}", path=path)
+
+
+def read_label(store: Path, name: str) -> U8_HW:
+    """A label of a finished store at its finest level, [H, W] uint8."""
+    path = store / "labels" / name / "0"
+    driver = "zarr3" if (path / "zarr.json").exists() else "zarr"
+    try:
+        spec = {"driver": driver, "kvstore": {"driver": "file", "path": f"{path}/"}}
+        return np.asarray(ts.open(spec, open=True, context=_CONTEXT).result().read().result())
+    except ValueError as error:
+        raise _failed(path, error) from error

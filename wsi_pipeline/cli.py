@@ -1,0 +1,231 @@
+"""The command line: parse, call one library function, render events, map errors to exit codes.
+
+Only typer is imported at the top, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from wsi_pipeline.pipeline.settings import ConvertConfig
+
+EXIT_CODES = """
+Exit codes: 0 done (also: no tissue found, nothing to convert) · 1 unexpected error, please report ·
+2 wrong settings or arguments, nothing started · 3 the slide cannot be read or is not H&E ·
+4 the generator failed · 5 the output cannot be written, continued or trusted · 130 stopped by Ctrl-C,
+run the same command again to continue.
+"""
+
+app = typer.Typer(
+    name="wsi-pipeline",
+    help="Turn fresh-frozen whole-slide images into FFPE-style slides (synthetic; not for diagnosis).",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+SlideArg = Annotated[
+    str, typer.Argument(metavar="SLIDE", help="Slide file, OME-Zarr folder, image or URL.")
+]
+ConfigOpt = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML settings, or the manifest.json of an output.")
+]
+SetOpt = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. tiling.overlap=96."),
+]
+MppOpt = Annotated[
+    float | None, typer.Option(help="Pixel size of the slide in µm per pixel; overrides the file.")
+]
+GeneratorOpt = Annotated[
+    str | None, typer.Option("--generator", "-g", help="A name from `wsi-pipeline models`.")
+]
+RoiOpt = Annotated[
+    str | None, typer.Option(help="Y,X,HEIGHT,WIDTH in level-0 pixels, or a GeoJSON file.")
+]
+MaskOpt = Annotated[
+    str | None, typer.Option(help="Tissue: detect, whole, or a GeoJSON file of hand-corrected tissue.")
+]
+LogOpt = Annotated[str, typer.Option(help="text, or json for one JSON object a line on stdout.")]
+
+
+@app.command()
+def plan(
+    slide: SlideArg,
+    config: ConfigOpt = None,
+    settings: SetOpt = None,
+    mpp: MppOpt = None,
+    generator: GeneratorOpt = None,
+    roi: RoiOpt = None,
+    mask: MaskOpt = None,
+    overlay: Annotated[
+        Path | None, typer.Option(help="PNG to write [default: SLIDE.overlay.png here].")
+    ] = None,
+    geojson: Annotated[
+        Path | None, typer.Option(help="Also write the tissue as GeoJSON, to correct it by hand.")
+    ] = None,
+    log_format: LogOpt = "text",
+) -> None:
+    """Dry run: pixel size, tissue, tiles, bytes, time and an overlay picture; writes nothing else."""
+    from wsi_pipeline import api
+    from wsi_pipeline.console import show_plan
+
+    resolved = _configured(config, settings, mpp, generator, roi, mask)
+    picture = overlay or Path(f"{Path(slide).name}.overlay.png")
+    show_plan(api.plan(slide, resolved, overlay=picture, geojson=geojson), log_format)
+
+
+@app.command()
+def convert(
+    slide: SlideArg,
+    out: Annotated[Path, typer.Option("--out", "-o", help="NAME.ome.zarr or NAME.ome.tif.")],
+    config: ConfigOpt = None,
+    settings: SetOpt = None,
+    mpp: MppOpt = None,
+    generator: GeneratorOpt = None,
+    roi: RoiOpt = None,
+    mask: MaskOpt = None,
+    background: Annotated[
+        str | None, typer.Option(help="What stands where no tissue is: matched, source or white.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished output.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away a partial output instead of continuing it.")
+    ] = False,
+    seams: Annotated[
+        bool, typer.Option("--seams", help="Measure seam figures and put them into the manifest.")
+    ] = False,
+    log_format: LogOpt = "text",
+) -> None:
+    """Convert a whole slide; run the same command again to continue an interrupted run."""
+    from wsi_pipeline import api
+    from wsi_pipeline.console import Console
+
+    extra = [f"output.background={background}"] if background else []
+    extra += [f"run.workers={workers}"] if workers is not None else []
+    resolved = _configured(config, [*extra, *(settings or [])], mpp, generator, roi, mask)
+    with Console(log_format) as console:
+        result = api.convert(
+            slide, out, resolved, overwrite=overwrite, restart=restart, seams=seams, emit=console.emit
+        )
+        console.converted(result)
+
+
+@app.command()
+def export(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A finished .ome.zarr output.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="NAME.ome.tif")],
+    jpeg: Annotated[str, typer.Option(help="Chroma subsampling: 4:2:0 or 4:4:4.")] = "4:2:0",
+    quality: Annotated[int, typer.Option(help="JPEG quality 1-100.")] = 90,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    log_format: LogOpt = "text",
+) -> None:
+    """Export a finished OME-Zarr to an OME-TIFF that OpenSlide, QuPath and TiffSlide open."""
+    from wsi_pipeline import api
+    from wsi_pipeline.config import load_config
+    from wsi_pipeline.console import Console
+
+    chosen = [f"output.tiff.subsampling='{jpeg}'", f"output.tiff.quality={quality}"]
+    with Console(log_format) as console:
+        path = api.export(
+            store, out, load_config(None, chosen), overwrite=overwrite, emit=console.emit
+        )
+        console.result({"status": "exported", "path": str(path)}, f"Wrote {path}")
+
+
+@app.command()
+def verify(
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A finished output.")],
+    log_format: LogOpt = "text",
+) -> None:
+    """Hash an output again and compare it with its ledger."""
+    from wsi_pipeline import api
+    from wsi_pipeline.console import Console
+    from wsi_pipeline.errors import LedgerCorruptError
+
+    with Console(log_format) as console:
+        result = api.verify(output, emit=console.emit)
+        if not result.ok:
+            shown = ", ".join(f"level {lv} ({i.row}, {i.col})" for lv, i in result.damaged[:5])
+            raise LedgerCorruptError(
+                f"{output}: {len(result.damaged)} of {result.blocks} blocks differ from the ledger "
+                f"({shown}); convert the slide again",
+                path=output,
+            )
+        console.result(
+            {"status": "intact", "path": str(output), "blocks": result.blocks},
+            f"{output}: all {result.blocks} blocks are as they were written",
+        )
+
+
+@app.command("config")
+def show_config(config: ConfigOpt = None, settings: SetOpt = None) -> None:
+    """Print all settings as YAML: the defaults, or what a file and overrides make of them."""
+    from wsi_pipeline.config import load_config, to_yaml
+
+    typer.echo(to_yaml(load_config(config, settings or [])), nl=False)
+
+
+@app.command()
+def models(log_format: LogOpt = "text") -> None:
+    """List the generators and their options."""
+    from wsi_pipeline.console import show_models
+
+    show_models(log_format)
+
+
+@app.command()
+def doctor(log_format: LogOpt = "text") -> None:
+    """Check versions, devices, readers and disk; say what is missing and how to get it."""
+    from wsi_pipeline.console import show_doctor
+
+    show_doctor(log_format)
+
+
+def _configured(
+    path: Path | None,
+    settings: list[str] | None,
+    mpp: float | None,
+    generator: str | None,
+    roi: str | None,
+    mask: str | None,
+) -> ConvertConfig:
+    """The configuration with the named options laid over it; ``--set`` has the last word."""
+    from wsi_pipeline.config import load_config
+
+    named: dict[str, Any] = {
+        "input.mpp": mpp,
+        "generator.name": generator,
+        "input.roi": roi,
+        "input.mask": mask,
+    }
+    overrides = [f"{key}='{value}'" if isinstance(value, str) else f"{key}={value}"
+                 for key, value in named.items() if value is not None]
+    return load_config(path, [*overrides, *(settings or [])])
+
+
+def main() -> None:
+    """Entry point: one line on stderr and the documented exit code for every error of ours."""
+    from wsi_pipeline.errors import WsiPipelineError
+
+    try:
+        app()
+    except WsiPipelineError as error:
+        from wsi_pipeline.console import show_error
+
+        show_error(error, json_lines="json" in sys.argv)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("Stopped. Run the same command again to continue.", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

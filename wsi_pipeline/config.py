@@ -1,0 +1,91 @@
+"""Configuration files: strict YAML plus overrides, resolved into ``ConvertConfig``.
+
+A key that does not exist is reported by its path; a manifest's ``config`` is itself a valid file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pydantic
+import yaml
+
+from wsi_pipeline.errors import ConfigError
+from wsi_pipeline.pipeline.settings import ConvertConfig
+
+__all__ = ["load_config", "to_yaml"]
+
+
+def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> ConvertConfig:
+    """Read a YAML (or JSON) file and apply ``dotted.key=value`` overrides, values in YAML syntax.
+
+    A manifest is accepted too: its ``config`` is used. Raises ConfigError naming the key.
+    """
+    values = _read(path) if path is not None else {}
+    for override in overrides:
+        _apply(values, override)
+    where = f"{path}: " if path is not None else ""
+    if unknown := list(_unknown(values, ConvertConfig, "")):
+        raise ConfigError(
+            f"{where}{', '.join(unknown)}: no such setting; `wsi-pipeline config` lists all"
+        )
+    try:
+        return pydantic.TypeAdapter(ConvertConfig).validate_python(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError(where + "; ".join(_explain(e) for e in error.errors())) from error
+
+
+def to_yaml(config: ConvertConfig) -> str:
+    """The whole configuration with every default spelled out."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: holds no settings, but a {type(document).__name__}")
+    if "fingerprint" in document and isinstance(document.get("config"), dict):
+        return dict(document["config"])
+    return document
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {override}: write it as key.path=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML") from error
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {override}: {parent} holds no settings")
+    values[last] = value
+
+
+def _unknown(values: dict[str, Any], part: type, prefix: str) -> Iterator[str]:
+    """Dotted names of keys that the dataclass ``part`` does not have."""
+    hints = get_type_hints(part)
+    for key, value in values.items():
+        if key not in hints:
+            yield f"{prefix}{key}"
+        elif isinstance(value, dict) and is_dataclass(hints[key]):
+            yield from _unknown(value, hints[key], f"{prefix}{key}.")
+
+
+def _explain(error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{path}: {message[:1].lower()}{message[1:]}, got {error['input']!r}"

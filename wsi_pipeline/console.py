@@ -1,0 +1,209 @@
+"""How results and events look: a rich bar with the time left, or one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import rich.console
+import rich.progress
+import rich.table
+
+from wsi_pipeline.api import PlanResult
+from wsi_pipeline.doctor import examine
+from wsi_pipeline.errors import ConfigError, SlideError, WsiPipelineError
+from wsi_pipeline.generators import describe
+from wsi_pipeline.pipeline.convert import ConvertResult
+from wsi_pipeline.pipeline.events import Event, Notice, Planned, Progress, Stage
+
+__all__ = ["Console", "show_doctor", "show_error", "show_models", "show_plan"]
+
+STAGES = {
+    "plan": "Looking for tissue",
+    "blocks": "Converting",
+    "finish": "Finishing",
+    "measure": "Measuring seams",
+    "export": "Writing OME-TIFF",
+}
+
+
+class Console:
+    """Renders the events of one command; use as a context manager."""
+
+    def __init__(self, log_format: str) -> None:
+        if log_format not in ("text", "json"):
+            raise ConfigError(f"--log-format {log_format}: choose text or json")
+        self._json = log_format == "json"
+        self._stderr = rich.console.Console(stderr=True, highlight=False)
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TextColumn("left"),
+            rich.progress.TimeRemainingColumn(),
+            console=self._stderr,
+            transient=True,
+            disable=self._json or not self._stderr.is_terminal,
+        )
+        self._task: rich.progress.TaskID | None = None
+
+    def __enter__(self) -> Console:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def emit(self, event: Event) -> None:
+        """Show one event."""
+        if self._json:
+            _json_line({"event": type(event).__name__.lower(), **asdict(event)})
+            return
+        match event:
+            case Stage():
+                self._next(STAGES.get(event.stage, event.stage))
+            case Planned():
+                self._next(STAGES["blocks"])
+                again = f", {event.resumed} finished earlier" if event.resumed else ""
+                self._stderr.print(f"{event.slide_id}: {event.tiles} tiles, {event.blocks} blocks{again}")
+            case Progress() if self._task is not None:
+                self._bar.update(self._task, completed=event.done, total=event.total)
+            case Notice():
+                self._stderr.print(f"{event.slide_id}: {event.message}", markup=False)
+            case _:
+                pass
+
+    def _next(self, description: str) -> None:
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(description, total=None)
+
+    def converted(self, result: ConvertResult) -> None:
+        """The closing lines of a conversion."""
+        if result.status == "no_tissue":
+            text = f"{result.slide_id}: no tissue, nothing converted ({result.reason}); see {result.qc}"
+        else:
+            picture = f"\nLook at {result.qc}" if result.qc else ""
+            text = (
+                f"Wrote {result.path}: {result.tissue_mm2:.2f} mm² of tissue, {result.tiles} tiles, "
+                f"{result.blocks} blocks in {result.seconds:.1f} s{picture}"
+            )
+        self.result(_plain(asdict(result)), text)
+
+    def result(self, values: dict[str, Any], text: str) -> None:
+        """What stdout gets in the end."""
+        self._bar.stop()
+        if self._json:
+            _json_line({"event": "result", **values})
+        else:
+            sys.stdout.write(text + "\n")
+
+
+def show_plan(result: PlanResult, log_format: str) -> None:
+    """The dry run as a table or as JSON."""
+    found, cost = result.survey, result.estimate
+    plan = found.plan
+    size = plan.grid.size
+    values = {
+        "slide": plan.slide_id,
+        "reader": result.slide.reader,
+        "mpp_y": plan.mpp[0],
+        "mpp_x": plan.mpp[1],
+        "mpp_origin": plan.mpp_origin,
+        "height": size.height,
+        "width": size.width,
+        "stain": found.verdict.kind,
+        "tissue_mm2": round(found.tissue.tissue.area_mm2, 3),
+        "excluded_mm2": found.excluded_mm2,
+        "no_tissue_reason": found.tissue.reason,
+        "generator": plan.generator.kind,
+        "tiles": cost.tiles,
+        "blocks": cost.blocks,
+        "estimated_bytes": cost.size_bytes,
+        "estimated_seconds": round(cost.seconds, 1),
+        "free_bytes": cost.free_bytes,
+        "overlay": str(result.overlay),
+    }
+    if log_format == "json":
+        _json_line({"event": "result", **values})
+        return
+    excluded = ", ".join(f"{name} {area:.3f}" for name, area in found.excluded_mm2.items() if area)
+    rows = [
+        ("slide", f"{plan.slide_id} ({result.slide.reader} reader)"),
+        ("size", f"{size.width} x {size.height} px at {plan.mpp[1]:.4g} x {plan.mpp[0]:.4g} µm/px"),
+        ("pixel size from", plan.mpp_origin),
+        ("staining", f"{found.verdict.kind} ({found.verdict.reason})"),
+        ("tissue", f"{found.tissue.tissue.area_mm2:.3f} mm²" + _reason(found.tissue.reason)),
+        ("excluded", f"{excluded} mm²" if excluded else "nothing"),
+        ("generator", f"{plan.generator.kind}, {cost.tiles} tiles of {plan.grid.tile} px"),
+        ("output", f"{cost.blocks} blocks, about {cost.size_bytes / 1e6:.0f} MB as OME-Zarr"),
+        ("disk", f"{(cost.free_bytes or 0) / 1e9:.1f} GB free here"),
+        ("time", f"about {_duration(cost.seconds)}"),
+        ("overlay", str(result.overlay)),
+    ]
+    _table(rows)
+
+
+def show_models(log_format: str) -> None:
+    """The generators with their options."""
+    for entry in describe():
+        if log_format == "json":
+            _json_line(asdict(entry))
+        else:
+            options = ", ".join(f"{o.name}={o.default!r}" for o in entry.options)
+            _table([(entry.name, entry.summary), ("", f"options: {options or 'none'}")])
+
+
+def show_doctor(log_format: str) -> None:
+    """What works here and what does not, with the remedy."""
+    findings = examine()
+    if log_format == "json":
+        for finding in findings:
+            _json_line(asdict(finding))
+        return
+    _table(
+        [(f"{'ok' if f.ok else 'missing'}  {f.part}", f.state + (f" -> {f.remedy}" if f.remedy else ""))
+         for f in findings]
+    )
+
+
+def show_error(error: WsiPipelineError, *, json_lines: bool) -> None:
+    """One line on stderr; with JSON logging also one object on stdout."""
+    if json_lines:
+        line = {"event": "error", "kind": type(error).__name__, "message": str(error)}
+        slide = {"slide_id": error.slide_id} if isinstance(error, SlideError) else {}
+        _json_line(line | slide | {"exit_code": error.exit_code})
+    sys.stderr.write(f"Error: {' '.join(str(error).split())}\n")
+
+
+def _reason(reason: str | None) -> str:
+    return f" (none: {reason})" if reason else ""
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _table(rows: list[tuple[str, str]]) -> None:
+    table = rich.table.Table.grid(padding=(0, 2))
+    for left, right in rows:
+        table.add_row(rich.text.Text(left, style="bold"), rich.text.Text(right))
+    rich.console.Console().print(table)
+
+
+def _json_line(values: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(values, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}

@@ -1,0 +1,88 @@
+"""What a conversion will cost, before it is started: tiles, bytes and time.
+
+A few tiles in the middle of the tissue are read, generated and compressed; the rest is counting.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import imagecodecs
+
+from wsi_pipeline.core.batching import read_batch
+from wsi_pipeline.core.protocols import Slide, Tile
+from wsi_pipeline.generators import make_generator
+from wsi_pipeline.pipeline.planning import Survey
+from wsi_pipeline.pipeline.run import checked
+from wsi_pipeline.pipeline.settings import ConvertConfig
+from wsi_pipeline.readers.lattice import SlideView
+
+__all__ = ["Estimate", "estimate"]
+
+SAMPLES = 3
+WRITE_MPIX_PER_SECOND = 60.0
+"""Blend, pyramid and encode on one thread; measured on 2 cores, cautious."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """``blocks`` counts all levels; ``size_bytes`` is the OME-Zarr; ``free_bytes`` is None where unknown."""
+
+    tiles: int
+    blocks: int
+    size_bytes: int
+    seconds: float
+    free_bytes: int | None
+
+
+def estimate(slide: Slide, found: Survey, config: ConvertConfig, out: Path | None = None) -> Estimate:
+    """Predict blocks, bytes and wall time of a conversion from a sample of its tiles."""
+    plan = found.plan
+    levels = plan.shape.planned(plan.blocks())
+    pixels = sum(
+        plan.shape.region(level, index).area for level, indices in enumerate(levels) for index in indices
+    )
+    tiles = plan.tiles_for(plan.blocks())
+    per_tile, bytes_per_pixel = _sample(slide, found, config, tiles)
+    lanes = max(1, config.run.workers)
+    seconds = (len(tiles) * per_tile + pixels / (WRITE_MPIX_PER_SECOND * 1e6)) / lanes
+    return Estimate(
+        tiles=len(tiles),
+        blocks=sum(len(indices) for indices in levels),
+        size_bytes=int(pixels * bytes_per_pixel),
+        seconds=seconds,
+        free_bytes=_free(out),
+    )
+
+
+def _sample(
+    slide: Slide, found: Survey, config: ConvertConfig, tiles: list[Tile]
+) -> tuple[float, float]:
+    """Seconds a tile and compressed bytes a pixel, from tiles spread over the tissue."""
+    if not tiles:
+        return 0.0, 0.1
+    plan = found.plan
+    view = SlideView(slide, plan.mpp, icc=config.input.icc)
+    generator = make_generator(config.generator.name, config.generator.options)
+    picked = [tiles[len(tiles) * (2 * i + 1) // (2 * SAMPLES)] for i in range(SAMPLES)]
+    view.read(picked[0].read)  # opens the file; counted once, not for every tile
+    started = time.perf_counter()
+    batch = read_batch(view, tuple(picked), SAMPLES, plan.seed)
+    generated = checked(generator, batch, plan.context)
+    seconds = (time.perf_counter() - started) / SAMPLES
+    raw = generated.transpose(0, 3, 1, 2).tobytes()
+    packed = imagecodecs.blosc_encode(raw, level=config.output.zarr.level, compressor="zstd", shuffle=2)
+    return seconds, len(packed) / (len(raw) / 3)
+
+
+def _free(out: Path | None) -> int | None:
+    folder = (out or Path.cwd()).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None

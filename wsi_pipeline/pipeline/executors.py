@@ -1,0 +1,60 @@
+"""Where jobs run: in this process, or one spawned process each.
+
+Bands share nothing but the file system, so any ``concurrent.futures.Executor`` would do. Progress of
+other processes is read from their ledgers: the ledger is the truth, a message would be a second one.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+
+from wsi_pipeline.errors import OutputError
+from wsi_pipeline.pipeline.events import Emit, Progress
+from wsi_pipeline.pipeline.run import Job, JobReport, run_band
+from wsi_pipeline.writers.ledger import read_ledgers
+
+__all__ = ["run_jobs"]
+
+POLL_SECONDS = 0.5
+
+
+def run_jobs(jobs: Sequence[Job], workers: int, total: int, emit: Emit) -> list[JobReport]:
+    """Run all jobs, in this process where one worker is enough; the first error stops the rest."""
+    if workers == 1 or len(jobs) == 1:
+        return [run_band(job, emit) for job in jobs]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread_each) as pool:
+        futures = [pool.submit(run_band, job) for job in jobs]
+        try:
+            _report_progress(jobs[0], futures, total, emit)
+            return [future.result() for future in futures]
+        except BrokenProcessPool as error:
+            root = jobs[0].writer.root
+            raise OutputError(
+                f"{root}: a worker process died (killed, or out of memory); run the same command "
+                "again to continue",
+                path=root,
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _report_progress(
+    job: Job, futures: list[Future[JobReport]], total: int, emit: Emit
+) -> None:
+    while True:
+        done, pending = wait(futures, timeout=POLL_SECONDS, return_when=FIRST_EXCEPTION)
+        committed = len(read_ledgers(job.ledgers)) - len(job.done)
+        emit(Progress(slide_id=job.plan.slide_id, done=max(committed, 0), total=total))
+        if not pending or any(future.exception() for future in done):
+            return
+
+
+def _one_thread_each() -> None:
+    """Several processes that each start one thread a core only get in each other's way."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = "1"

@@ -1,0 +1,216 @@
+"""Before the first pixel is made: open, look, detect, decide. A dry run stops here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wsi_pipeline.core.annotations import geojson_to_mask
+from wsi_pipeline.core.geometry import Mpp, Region, Size, TileIndex, ceil_div
+from wsi_pipeline.core.grid import TileGrid
+from wsi_pipeline.core.plan import SlidePlan
+from wsi_pipeline.core.protocols import LABEL_CELL, U8_HWC, Generator, GeneratorSpec, Slide
+from wsi_pipeline.core.stain_check import StainVerdict, assess_stain
+from wsi_pipeline.core.tissue import (
+    THUMBNAIL_MPP,
+    TissueMask,
+    TissueResult,
+    detect_tissue,
+    whole_slide,
+)
+from wsi_pipeline.errors import ConfigError, UnsupportedSlideError
+from wsi_pipeline.generators import make_generator
+from wsi_pipeline.pipeline.settings import ConvertConfig
+from wsi_pipeline.readers import open_slide
+from wsi_pipeline.readers.lattice import SlideView
+
+__all__ = ["Survey", "label_mask", "open_configured", "survey"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """A plan and what was seen on the way to it.
+
+    ``thumbnail_HWC`` [H, W, 3] uint8 at ``thumbnail_mpp`` is the source as the generator will see it.
+    """
+
+    plan: SlidePlan
+    thumbnail_HWC: U8_HWC
+    thumbnail_mpp: Mpp
+    tissue: TissueResult
+    verdict: StainVerdict
+
+    @property
+    def is_empty(self) -> bool:
+        """True where there is no tissue to translate; ``tissue.reason`` says why."""
+        return not self.plan.tissue_tiles_HW.any()
+
+    @property
+    def excluded_mm2(self) -> dict[str, float]:
+        """Area of each excluded class (pen, coverslip, ...)."""
+        pixel = self.thumbnail_mpp[0] * self.thumbnail_mpp[1] / 1e6
+        return {name: round(float(m.sum()) * pixel, 4) for name, m in self.tissue.excluded.items()}
+
+
+def open_configured(path: str | Path, config: ConvertConfig) -> Slide:
+    """Open a slide with the reader and the mpp overrides of the configuration."""
+    table = Path(config.input.mpp_table) if config.input.mpp_table else None
+    return open_slide(path, mpp=config.input.mpp, mpp_table=table, reader=config.input.reader)
+
+
+def survey(slide: Slide, config: ConvertConfig) -> Survey:
+    """Detect tissue and lay out the plan; reads a thumbnail and nothing else.
+
+    Raises ConfigError for settings that do not fit, UnsupportedSlideError where the staining is not
+    what the pipeline is made for.
+    """
+    generator = make_generator(config.generator.name, config.generator.options)
+    spec = generator.spec
+    mpp = _working_mpp(slide, config, spec)
+    grid = _grid(SlideView(slide, mpp, icc=config.input.icc).size, config, spec)
+    coarse = (max(THUMBNAIL_MPP, slide.mpp[0]), max(THUMBNAIL_MPP, slide.mpp[1]))
+    view = SlideView(slide, coarse, icc=config.input.icc)
+    thumbnail = view.read(Region.of(view.size))
+    tissue = _tissue(slide, thumbnail, coarse, config)
+    verdict = assess_stain(thumbnail, tissue.tissue.mask_HW)
+    _check_stain(slide, verdict, spec, config)
+    context = _prepare(generator, thumbnail, tissue, coarse)
+    plan = SlidePlan(
+        slide_id=slide.slide_id,
+        identity=slide.identity,
+        mpp=mpp,
+        mpp_origin=slide.mpp_origin,
+        grid=grid,
+        tissue_tiles_HW=_tissue_tiles(grid, tissue.tissue, mpp),
+        block=config.output.zarr.block,
+        background=config.output.background,
+        seed=config.tiling.seed,
+        generator=spec,
+        context=context,
+        roi=_roi(slide, grid.size, mpp, config.input.roi),
+        settings={"icc": config.input.icc, "zarr": asdict(config.output.zarr)},
+    )
+    return Survey(
+        plan=plan, thumbnail_HWC=thumbnail, thumbnail_mpp=coarse, tissue=tissue, verdict=verdict
+    )
+
+
+def _working_mpp(slide: Slide, config: ConvertConfig, spec: GeneratorSpec) -> Mpp:
+    if config.tiling.mpp is not None:
+        return (config.tiling.mpp, config.tiling.mpp)
+    return spec.mpp or slide.mpp
+
+
+def _grid(size: Size, config: ConvertConfig, spec: GeneratorSpec) -> TileGrid:
+    grid = TileGrid(size=size, tile=spec.tile, halo=spec.halo, overlap=config.tiling.overlap)
+    if grid.stride % spec.align:
+        raise ConfigError(
+            f"tiling.overlap: {config.tiling.overlap} gives a stride of {grid.stride} px, but generator "
+            f"{spec.kind} needs a multiple of {spec.align}"
+        )
+    return grid
+
+
+def _tissue(slide: Slide, thumbnail: U8_HWC, mpp: Mpp, config: ConvertConfig) -> TissueResult:
+    size = Size(*thumbnail.shape[:2])
+    if config.input.mask == "whole":
+        return whole_slide(size, mpp)
+    detected = detect_tissue(thumbnail, mpp, config.tissue)
+    if config.input.mask == "detect":
+        return detected
+    given = _read_geojson(config.input.mask, slide, mpp)
+    reason = None if given.mask_HW.any() else f"{config.input.mask} contains no tissue"
+    return TissueResult(
+        tissue=given, excluded={}, reason=reason, background_rgb=detected.background_rgb
+    )
+
+
+def _read_geojson(path: str, slide: Slide, mpp: Mpp) -> TissueMask:
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        return geojson_to_mask(document, slide.levels[0].size, slide.mpp, mpp)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a GeoJSON file") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: is not JSON ({error}); export it as GeoJSON") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _check_stain(
+    slide: Slide, verdict: StainVerdict, spec: GeneratorSpec, config: ConvertConfig
+) -> None:
+    """Tissue detection needs a bright background whatever the generator; the stain is the generator's."""
+    if config.input.stain == "any" or verdict.kind in ("h&e", "unknown"):
+        return
+    if spec.stain == "any" and verdict.kind != "fluorescence":
+        return
+    raise UnsupportedSlideError(
+        f"{slide.slide_id}: does not look like H&E in brightfield but like {verdict.kind} "
+        f"({verdict.reason}); use --set 'input.stain=any' to convert it all the same",
+        slide_id=slide.slide_id,
+    )
+
+
+def _prepare(
+    generator: Generator, thumbnail: U8_HWC, tissue: TissueResult, mpp: Mpp
+) -> dict[str, Any]:
+    return dict(generator.prepare(thumbnail, tissue.tissue.mask_HW, mpp))
+
+
+def _tissue_tiles(grid: TileGrid, tissue: TissueMask, mpp: Mpp) -> npt.NDArray[np.bool_]:
+    """A tile is generated as soon as its write region touches one pixel of tissue: nothing is lost."""
+    rows, cols = grid.shape
+    regions = [grid.write_region(TileIndex(row, col)) for row in range(rows) for col in range(cols)]
+    return np.asarray(tissue.covers_many(regions, mpp).reshape(rows, cols) > 0)
+
+
+def _roi(slide: Slide, size: Size, mpp: Mpp, roi: str | None) -> tuple[Region, ...]:
+    """The region of interest on the lattice: one rectangle, or the bounding boxes of GeoJSON shapes."""
+    if roi is None:
+        return ()
+    if Path(roi).suffix.lower() in (".geojson", ".json"):
+        coarse = (THUMBNAIL_MPP, THUMBNAIL_MPP)
+        return _boxes(_read_geojson(roi, slide, coarse), mpp)
+    try:
+        y, x, height, width = (int(part) for part in roi.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"input.roi: '{roi}' is neither a GeoJSON file nor Y,X,HEIGHT,WIDTH in level-0 pixels"
+        ) from None
+    fy, fx = slide.mpp[0] / mpp[0], slide.mpp[1] / mpp[1]
+    top, left = int(y * fy), int(x * fx)
+    bottom, right = ceil_div(int((y + height) * fy * 1024), 1024), ceil_div(int((x + width) * fx * 1024), 1024)
+    region = Region(top, left, bottom - top, right - left)
+    if region.intersect(Region.of(size)) is None:
+        raise ConfigError(f"input.roi: '{roi}' does not touch the slide ({slide.slide_id})")
+    return (region,)
+
+
+def _boxes(mask: TissueMask, mpp: Mpp) -> tuple[Region, ...]:
+    from scipy import ndimage
+
+    labelled, _ = ndimage.label(mask.mask_HW)
+    boxes = []
+    for rows, cols in ndimage.find_objects(labelled):
+        y, bottom = (int(v * mask.mpp[0] / mpp[0]) for v in (rows.start, rows.stop))
+        x, right = (int(v * mask.mpp[1] / mpp[1]) for v in (cols.start, cols.stop))
+        boxes.append(Region(y, x, bottom - y, right - x))
+    if not boxes:
+        raise ConfigError("input.roi: the GeoJSON file contains no area")
+    return tuple(boxes)
+
+
+def label_mask(tissue: TissueMask, size: Size, mpp: Mpp) -> npt.NDArray[np.bool_]:
+    """The tissue mask on the label grid of a lattice of ``size``: the mask pixel at each cell's centre."""
+    height, width = ceil_div(size.height, LABEL_CELL), ceil_div(size.width, LABEL_CELL)
+    rows = ((np.arange(height) + 0.5) * LABEL_CELL * mpp[0] / tissue.mpp[0]).astype(int)
+    cols = ((np.arange(width) + 0.5) * LABEL_CELL * mpp[1] / tissue.mpp[1]).astype(int)
+    limit = tissue.mask_HW.shape
+    picked = tissue.mask_HW[np.ix_(rows.clip(max=limit[0] - 1), cols.clip(max=limit[1] - 1))]
+    return np.asarray(picked)

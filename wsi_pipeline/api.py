@@ -57,9 +57,7 @@ def plan(
         write_overlay(found, Path(overlay))
     if geojson is not None:
         write_geojson(found, opened.mpp, Path(geojson))
-    return PlanResult(
-        slide=opened, survey=found, estimate=cost, overlay=Path(overlay) if overlay else None
-    )
+    return PlanResult(slide=opened, survey=found, estimate=cost, overlay=Path(overlay) if overlay else None)
 
 
 def convert(
@@ -110,9 +108,7 @@ def export(
     emit: Emit = ignore,
 ) -> Path:
     """Export a finished OME-Zarr output to a hybrid OME-TIFF that OpenSlide and QuPath open."""
-    return export_slide(
-        Path(store), Path(out), config or ConvertConfig(), overwrite=overwrite, emit=emit
-    )
+    return export_slide(Path(store), Path(out), config or ConvertConfig(), overwrite=overwrite, emit=emit)
 
 
 def verify(output: str | Path, *, emit: Emit = ignore) -> VerifyResult:

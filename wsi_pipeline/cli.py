@@ -30,9 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-SlideArg = Annotated[
-    str, typer.Argument(metavar="SLIDE", help="Slide file, OME-Zarr folder, image or URL.")
-]
+SlideArg = Annotated[str, typer.Argument(metavar="SLIDE", help="Slide file, OME-Zarr folder, image or URL.")]
 ConfigOpt = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML settings, or the manifest.json of an output.")
 ]
@@ -46,9 +44,7 @@ MppOpt = Annotated[
 GeneratorOpt = Annotated[
     str | None, typer.Option("--generator", "-g", help="A name from `wsi-pipeline models`.")
 ]
-RoiOpt = Annotated[
-    str | None, typer.Option(help="Y,X,HEIGHT,WIDTH in level-0 pixels, or a GeoJSON file.")
-]
+RoiOpt = Annotated[str | None, typer.Option(help="Y,X,HEIGHT,WIDTH in level-0 pixels, or a GeoJSON file.")]
 MaskOpt = Annotated[
     str | None, typer.Option(help="Tissue: detect, whole, or a GeoJSON file of hand-corrected tissue.")
 ]
@@ -134,9 +130,7 @@ def export(
 
     chosen = [f"output.tiff.subsampling='{jpeg}'", f"output.tiff.quality={quality}"]
     with Console(log_format) as console:
-        path = api.export(
-            store, out, load_config(None, chosen), overwrite=overwrite, emit=console.emit
-        )
+        path = api.export(store, out, load_config(None, chosen), overwrite=overwrite, emit=console.emit)
         console.result({"status": "exported", "path": str(path)}, f"Wrote {path}")
 
 
@@ -206,8 +200,11 @@ def _configured(
         "input.roi": roi,
         "input.mask": mask,
     }
-    overrides = [f"{key}='{value}'" if isinstance(value, str) else f"{key}={value}"
-                 for key, value in named.items() if value is not None]
+    overrides = [
+        f"{key}='{value}'" if isinstance(value, str) else f"{key}={value}"
+        for key, value in named.items()
+        if value is not None
+    ]
     return load_config(path, [*overrides, *(settings or [])])
 
 

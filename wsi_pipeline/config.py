@@ -29,9 +29,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conv
         _apply(values, override)
     where = f"{path}: " if path is not None else ""
     if unknown := list(_unknown(values, ConvertConfig, "")):
-        raise ConfigError(
-            f"{where}{', '.join(unknown)}: no such setting; `wsi-pipeline config` lists all"
-        )
+        raise ConfigError(f"{where}{', '.join(unknown)}: no such setting; `wsi-pipeline config` lists all")
     try:
         return pydantic.TypeAdapter(ConvertConfig).validate_python(values)
     except pydantic.ValidationError as error:

@@ -169,8 +169,10 @@ def show_doctor(log_format: str) -> None:
             _json_line(asdict(finding))
         return
     _table(
-        [(f"{'ok' if f.ok else 'missing'}  {f.part}", f.state + (f" -> {f.remedy}" if f.remedy else ""))
-         for f in findings]
+        [
+            (f"{'ok' if f.ok else 'missing'}  {f.part}", f.state + (f" -> {f.remedy}" if f.remedy else ""))
+            for f in findings
+        ]
     )
 
 

@@ -132,15 +132,12 @@ def test_killed_and_resumed(tmp_path: Path, reference: dict[str, str]) -> None:
 @pytest.mark.slow
 def test_killed_at_25_random_moments(tmp_path: Path, reference: dict[str, str]) -> None:
     saved = sum(
-        kill_and_resume(tmp_path / f"{seed}.ome.zarr", reference, kills=3, seed=seed)
-        for seed in range(9)
+        kill_and_resume(tmp_path / f"{seed}.ome.zarr", reference, kills=3, seed=seed) for seed in range(9)
     )
     assert saved >= 9
 
 
-def test_a_block_that_was_damaged_on_disk_is_made_again(
-    tmp_path: Path, reference: dict[str, str]
-) -> None:
+def test_a_block_that_was_damaged_on_disk_is_made_again(tmp_path: Path, reference: dict[str, str]) -> None:
     out = tmp_path / "a.ome.zarr"
     done = settings()
     convert(out, done)

@@ -100,10 +100,7 @@ def blend_block(
         for x0, x1, tile_cols in _stretches(region.x, region.right, side, stride, cols):
             zone = Region(y0, x0, y1 - y0, x1 - x0)
             at = zone.slices(region)
-            parts = [
-                [_part(tiles(TileIndex(row, col)), zone) for col in tile_cols]
-                for row in tile_rows
-            ]
+            parts = [[_part(tiles(TileIndex(row, col)), zone) for col in tile_cols] for row in tile_rows]
             generated = [part for line in parts for part in line if part is not None]
             if not generated:
                 out[at] = background[at]
@@ -117,9 +114,7 @@ def blend_block(
     return out, differs
 
 
-def _stretches(
-    start: int, stop: int, side: int, stride: int, count: int
-) -> Iterator[tuple[int, int, range]]:
+def _stretches(start: int, stop: int, side: int, stride: int, count: int) -> Iterator[tuple[int, int, range]]:
     """Cut [start, stop) where the set of covering tiles changes; the last tile covers what is left."""
     cuts = {start, stop}
     for tile in range(max(0, start // stride - side // stride - 1), min(count, stop // stride + 1)):
@@ -155,9 +150,7 @@ def _weighted_sum(
         out[...] = total >> 14
 
 
-def _weigh(
-    parts: list[U8_HWC], weights: list[npt.NDArray[np.uint16]], axis: int
-) -> npt.NDArray[np.uint16]:
+def _weigh(parts: list[U8_HWC], weights: list[npt.NDArray[np.uint16]], axis: int) -> npt.NDArray[np.uint16]:
     """One axis of the sum; at most 255 * 128, so uint16 is exact."""
     shape = (-1, 1, 1) if axis == 0 else (1, -1, 1)
     total = parts[0] * weights[0].reshape(shape)

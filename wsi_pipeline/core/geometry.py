@@ -101,9 +101,7 @@ class Region:
 
     def grown(self, margin: int) -> Region:
         """Larger by ``margin`` pixels on all four sides (smaller if negative)."""
-        return Region(
-            self.y - margin, self.x - margin, self.height + 2 * margin, self.width + 2 * margin
-        )
+        return Region(self.y - margin, self.x - margin, self.height + 2 * margin, self.width + 2 * margin)
 
     def slices(self, frame: Region) -> tuple[slice, slice]:
         """Row and column slices of this region inside an array that covers ``frame``."""

@@ -36,9 +36,7 @@ class Gather:
         return any(index not in self.tiles for index in self.grid.touching(self.region))
 
 
-def blend(
-    gather: Gather, read_background: Callable[[Region], U8_HWC] | None, taper: Taper = "sin2"
-) -> Block:
+def blend(gather: Gather, read_background: Callable[[Region], U8_HWC] | None, taper: Taper = "sin2") -> Block:
     """Blend one block; ``read_background`` None means white. Pure: any thread, any order."""
     region = gather.region
     if read_background is not None and gather.needs_background:
@@ -46,9 +44,7 @@ def blend(
     else:
         background = np.broadcast_to(np.uint8(WHITE), (region.height, region.width, 3))
     pixels, samples = blend_block(region, gather.grid, gather.tiles.get, background, taper=taper)
-    return Block(
-        level=0, index=gather.index, pixels_HWC=pixels, disagreement_HW=_largest_in_cell(samples)
-    )
+    return Block(level=0, index=gather.index, pixels_HWC=pixels, disagreement_HW=_largest_in_cell(samples))
 
 
 def _largest_in_cell(samples_HW: U8_HW) -> U8_HW:

@@ -207,9 +207,7 @@ def _make_store(
             "tissue_mm2": round(found.tissue.tissue.area_mm2, 4),
             "excluded_mm2": found.excluded_mm2,
         }
-        merge_ledgers(
-            partial / LEDGERS, plan.fingerprint, {key: writer.checksum(*key) for key in planned}
-        )
+        merge_ledgers(partial / LEDGERS, plan.fingerprint, {key: writer.checksum(*key) for key in planned})
         _keep_profile(slide, config, partial / PROFILE)
         writer.finalise(
             name=plan.slide_id,
@@ -229,11 +227,7 @@ def _make_blocks(
     done = _still_valid(writer, plan.fingerprint, emit, plan.slide_id)
     planned = plan.shape.planned(plan.blocks())
     total = sum(len(indices) for indices in planned) - len(done)
-    emit(
-        Planned(
-            slide_id=plan.slide_id, tiles=plan.tile_count, blocks=total + len(done), resumed=len(done)
-        )
-    )
+    emit(Planned(slide_id=plan.slide_id, tiles=plan.tile_count, blocks=total + len(done), resumed=len(done)))
     bands = plan.bands(config.run.workers) if config.run.workers > 1 else (None,)
     jobs = [
         Job(
@@ -260,9 +254,7 @@ def _make_blocks(
     return sum(r.blocks for r in reports), len(done), sum(r.tiles for r in reports)
 
 
-def _still_valid(
-    writer: OmeZarrWriter, fingerprint: str, emit: Emit, slide_id: str
-) -> frozenset[BlockKey]:
+def _still_valid(writer: OmeZarrWriter, fingerprint: str, emit: Emit, slide_id: str) -> frozenset[BlockKey]:
     """Blocks whose bytes on disk have a recorded checksum; the others are made again."""
     records = read_ledgers(writer.root / LEDGERS, fingerprint)
     valid = frozenset(key for key, sums in records.items() if writer.checksum(*key) in sums)
@@ -334,9 +326,7 @@ def _nothing(found: Survey, out: Path, started: float, emit: Emit) -> ConvertRes
 
 def _refuse_existing(out: Path, overwrite: bool) -> None:
     if out.exists() and not overwrite:
-        raise OutputExistsError(
-            f"{out}: exists already; choose another name or use --overwrite", path=out
-        )
+        raise OutputExistsError(f"{out}: exists already; choose another name or use --overwrite", path=out)
 
 
 def _make_folder(out: Path) -> None:

@@ -58,9 +58,7 @@ def estimate(slide: Slide, found: Survey, config: ConvertConfig, out: Path | Non
     )
 
 
-def _sample(
-    slide: Slide, found: Survey, config: ConvertConfig, tiles: list[Tile]
-) -> tuple[float, float]:
+def _sample(slide: Slide, found: Survey, config: ConvertConfig, tiles: list[Tile]) -> tuple[float, float]:
     """Seconds a tile and compressed bytes a pixel, from tiles spread over the tissue."""
     if not tiles:
         return 0.0, 0.1

@@ -43,9 +43,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, total: int, emit: Emit) -> list[
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _report_progress(
-    job: Job, futures: list[Future[JobReport]], total: int, emit: Emit
-) -> None:
+def _report_progress(job: Job, futures: list[Future[JobReport]], total: int, emit: Emit) -> None:
     while True:
         done, pending = wait(futures, timeout=POLL_SECONDS, return_when=FIRST_EXCEPTION)
         committed = len(read_ledgers(job.ledgers)) - len(job.done)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ from wsi_pipeline.readers import open_slide
 from wsi_pipeline.readers.lattice import SlideView
 
 __all__ = ["Survey", "label_mask", "open_configured", "survey"]
+
+PREPARE_PIXELS = 8e6
+FINEST_PREPARE_MPP = 2.0
+"""The generator's look at the slide: about this many pixels, but no finer than this, in µm."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +84,7 @@ def survey(slide: Slide, config: ConvertConfig) -> Survey:
     tissue = _tissue(slide, thumbnail, coarse, config)
     verdict = assess_stain(thumbnail, tissue.tissue.mask_HW)
     _check_stain(slide, verdict, spec, config)
-    context = _prepare(generator, thumbnail, tissue, coarse)
+    context = _prepare(generator, slide, tissue, config)
     plan = SlidePlan(
         slide_id=slide.slide_id,
         identity=slide.identity,
@@ -95,9 +100,7 @@ def survey(slide: Slide, config: ConvertConfig) -> Survey:
         roi=_roi(slide, grid.size, mpp, config.input.roi),
         settings={"icc": config.input.icc, "zarr": asdict(config.output.zarr)},
     )
-    return Survey(
-        plan=plan, thumbnail_HWC=thumbnail, thumbnail_mpp=coarse, tissue=tissue, verdict=verdict
-    )
+    return Survey(plan=plan, thumbnail_HWC=thumbnail, thumbnail_mpp=coarse, tissue=tissue, verdict=verdict)
 
 
 def _working_mpp(slide: Slide, config: ConvertConfig, spec: GeneratorSpec) -> Mpp:
@@ -125,9 +128,7 @@ def _tissue(slide: Slide, thumbnail: U8_HWC, mpp: Mpp, config: ConvertConfig) ->
         return detected
     given = _read_geojson(config.input.mask, slide, mpp)
     reason = None if given.mask_HW.any() else f"{config.input.mask} contains no tissue"
-    return TissueResult(
-        tissue=given, excluded={}, reason=reason, background_rgb=detected.background_rgb
-    )
+    return TissueResult(tissue=given, excluded={}, reason=reason, background_rgb=detected.background_rgb)
 
 
 def _read_geojson(path: str, slide: Slide, mpp: Mpp) -> TissueMask:
@@ -142,9 +143,7 @@ def _read_geojson(path: str, slide: Slide, mpp: Mpp) -> TissueMask:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _check_stain(
-    slide: Slide, verdict: StainVerdict, spec: GeneratorSpec, config: ConvertConfig
-) -> None:
+def _check_stain(slide: Slide, verdict: StainVerdict, spec: GeneratorSpec, config: ConvertConfig) -> None:
     """Tissue detection needs a bright background whatever the generator; the stain is the generator's."""
     if config.input.stain == "any" or verdict.kind in ("h&e", "unknown"):
         return
@@ -158,9 +157,24 @@ def _check_stain(
 
 
 def _prepare(
-    generator: Generator, thumbnail: U8_HWC, tissue: TissueResult, mpp: Mpp
+    generator: Generator, slide: Slide, tissue: TissueResult, config: ConvertConfig
 ) -> dict[str, Any]:
-    return dict(generator.prepare(thumbnail, tissue.tissue.mask_HW, mpp))
+    """Let the generator see the slide finer than tissue detection does, within ``PREPARE_PIXELS``.
+
+    Why: at 8 µm nuclei average out, so their stain is underestimated and comes out pale (her2st C2:
+    99th percentile of haematoxylin 0.73 of the palette's from 8 µm, 0.95 from 2 µm).
+    """
+    area = math.prod(
+        extent * mpp
+        for extent, mpp in zip(
+            (slide.levels[0].size.height, slide.levels[0].size.width), slide.mpp, strict=True
+        )
+    )
+    finest = min(max(math.sqrt(area / PREPARE_PIXELS), FINEST_PREPARE_MPP), THUMBNAIL_MPP)
+    mpp = (max(finest, slide.mpp[0]), max(finest, slide.mpp[1]))
+    view = SlideView(slide, mpp, icc=config.input.icc)
+    mask = _at_pixels(tissue.tissue, view.size, mpp, 1)
+    return dict(generator.prepare(view.read(Region.of(view.size)), mask, mpp))
 
 
 def _tissue_tiles(grid: TileGrid, tissue: TissueMask, mpp: Mpp) -> npt.NDArray[np.bool_]:
@@ -185,7 +199,10 @@ def _roi(slide: Slide, size: Size, mpp: Mpp, roi: str | None) -> tuple[Region, .
         ) from None
     fy, fx = slide.mpp[0] / mpp[0], slide.mpp[1] / mpp[1]
     top, left = int(y * fy), int(x * fx)
-    bottom, right = ceil_div(int((y + height) * fy * 1024), 1024), ceil_div(int((x + width) * fx * 1024), 1024)
+    bottom, right = (
+        ceil_div(int((y + height) * fy * 1024), 1024),
+        ceil_div(int((x + width) * fx * 1024), 1024),
+    )
     region = Region(top, left, bottom - top, right - left)
     if region.intersect(Region.of(size)) is None:
         raise ConfigError(f"input.roi: '{roi}' does not touch the slide ({slide.slide_id})")
@@ -207,10 +224,15 @@ def _boxes(mask: TissueMask, mpp: Mpp) -> tuple[Region, ...]:
 
 
 def label_mask(tissue: TissueMask, size: Size, mpp: Mpp) -> npt.NDArray[np.bool_]:
-    """The tissue mask on the label grid of a lattice of ``size``: the mask pixel at each cell's centre."""
-    height, width = ceil_div(size.height, LABEL_CELL), ceil_div(size.width, LABEL_CELL)
-    rows = ((np.arange(height) + 0.5) * LABEL_CELL * mpp[0] / tissue.mpp[0]).astype(int)
-    cols = ((np.arange(width) + 0.5) * LABEL_CELL * mpp[1] / tissue.mpp[1]).astype(int)
+    """The tissue mask on the label grid of a lattice of ``size``."""
+    return _at_pixels(tissue, size, mpp, LABEL_CELL)
+
+
+def _at_pixels(tissue: TissueMask, size: Size, mpp: Mpp, cell: int) -> npt.NDArray[np.bool_]:
+    """The mask pixel at the centre of every ``cell`` x ``cell`` pixels of a lattice."""
+    height, width = ceil_div(size.height, cell), ceil_div(size.width, cell)
+    rows = ((np.arange(height) + 0.5) * cell * mpp[0] / tissue.mpp[0]).astype(int)
+    cols = ((np.arange(width) + 0.5) * cell * mpp[1] / tissue.mpp[1]).astype(int)
     limit = tissue.mask_HW.shape
     picked = tissue.mask_HW[np.ix_(rows.clip(max=limit[0] - 1), cols.clip(max=limit[1] - 1))]
     return np.asarray(picked)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from typing import TypeVar
 
+from wsi_pipeline.errors import WsiPipelineError
+
 __all__ = ["ordered_map"]
 
 In = TypeVar("In")
@@ -19,11 +21,21 @@ def ordered_map(
     """Results of ``function`` in the order of ``items``; at most ``ahead`` are under way or waiting.
 
     The bound is the back-pressure: nothing is pulled from ``items`` before there is room for it. An
-    error in ``function`` is raised at its place in the order, after which nothing more is started.
+    error is raised at its place in the order: where ``items`` fails (a slide vanished), the results
+    before it still come out, so that finished work is kept.
     """
     waiting: deque[Future[Out]] = deque()
+    failure: WsiPipelineError | None = None
+    source = iter(items)
     try:
-        for item in items:
+        while True:
+            try:
+                item = next(source)
+            except StopIteration:
+                break
+            except WsiPipelineError as error:
+                failure = error
+                break
             waiting.append(pool.submit(function, item))
             if len(waiting) >= ahead:
                 yield waiting.popleft().result()
@@ -32,3 +44,5 @@ def ordered_map(
     finally:
         for future in waiting:
             future.cancel()
+    if failure is not None:
+        raise failure

@@ -124,9 +124,7 @@ def run_band(job: Job, emit: Emit = ignore) -> JobReport:
     )
 
 
-def background_reader(
-    plan: SlidePlan, view: View, generator: Generator
-) -> Callable[[Region], U8_HWC] | None:
+def background_reader(plan: SlidePlan, view: View, generator: Generator) -> Callable[[Region], U8_HWC] | None:
     """How the pixels that no tile covers are read; None means white."""
     if plan.background == "white":
         return None
@@ -137,9 +135,7 @@ def background_reader(
 
 def _blocks_to_write(job: Job) -> int:
     levels = job.plan.shape.planned(job.plan.blocks(job.band))
-    return sum(
-        (level, index) not in job.done for level, blocks in enumerate(levels) for index in blocks
-    )
+    return sum((level, index) not in job.done for level, blocks in enumerate(levels) for index in blocks)
 
 
 def _generated(
@@ -162,9 +158,7 @@ def checked(generator: Generator, batch: TileBatch, context: Context) -> U8_BHWC
     return generated
 
 
-def _gathers(
-    stitcher: Stitcher, results: Iterable[tuple[TileBatch, U8_BHWC]]
-) -> Iterator[Gather]:
+def _gathers(stitcher: Stitcher, results: Iterable[tuple[TileBatch, U8_BHWC]]) -> Iterator[Gather]:
     yield from stitcher.ready()
     for batch, generated in results:
         yield from stitcher.put(batch, generated)

@@ -141,9 +141,7 @@ class OmeZarrWriter:
             sizes.append(sizes[-1].halved())
         return sizes
 
-    def _array(
-        self, path: str, shape: tuple[int, ...], shard: tuple[int, ...], fill: int = WHITE
-    ) -> Any:
+    def _array(self, path: str, shape: tuple[int, ...], shard: tuple[int, ...], fill: int = WHITE) -> Any:
         """Open or create one array; an array that exists with other metadata is an error."""
         build = _v3 if self._config.ngff == "0.5" else _v2
         spec = build(shape, shard, fill, self._config.level)
@@ -172,7 +170,9 @@ class OmeZarrWriter:
             for stray in self.root.rglob("*.__lock"):
                 stray.unlink()
             levels, version = len(self._shape.levels), self._config.ngff
-            self._group("", image_attributes(name, self._mpp, levels, version, self._config.translation, extra))
+            self._group(
+                "", image_attributes(name, self._mpp, levels, version, self._config.translation, extra)
+            )
         except OSError as error:
             raise _failed(self.root, error) from error
 
@@ -200,9 +200,7 @@ class OmeZarrWriter:
 
     def _label_level(self, path: str, pixels: U8_HW) -> None:
         side = self._config.block // LABEL_CELL
-        _put(
-            self._array(path, pixels.shape, (side, side), fill=0), Region(0, 0, *pixels.shape), pixels
-        )
+        _put(self._array(path, pixels.shape, (side, side), fill=0), Region(0, 0, *pixels.shape), pixels)
 
     def _group(self, path: str, attributes: Mapping[str, Any]) -> None:
         folder = self.root / path

@@ -1,0 +1,133 @@
+"""Plain pictures as slides: PNG, JPEG and what PIL reads of TIFF, with a pixel size that the user states.
+
+Why the resolution in the file is ignored. The DPI of a PNG or JPEG is for printers; nearly every picture says
+72. So there are no claims at all, and the mpp court asks for ``--mpp``.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import ExifTags, Image, ImageFile, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+
+from wsi_pipeline.core.geometry import Region, Size
+from wsi_pipeline.core.protocols import U8_HWC, WHITE
+from wsi_pipeline.errors import CorruptRegionError, UnsupportedSlideError
+from wsi_pipeline.readers._base import (
+    FOREIGN_ERRORS,
+    Facts,
+    Handle,
+    LazySlide,
+    NotThisReaderError,
+    composite,
+    reason,
+)
+from wsi_pipeline.readers._source import file_name, open_source, remote_errors, sampled_digest
+
+__all__ = ["ImageSlide"]
+
+MAX_PIXELS = 1 << 30
+# Opened by their class: Image.open compares sizes with a process-wide limit of PIL (89 megapixels), ours is
+# checked here, before a pixel is decoded.
+_OPENERS: tuple[tuple[bytes, Callable[[io.BytesIO], ImageFile.ImageFile]], ...] = (
+    (b"\x89PNG", PngImageFile),
+    (b"\xff\xd8", JpegImageFile),
+    (b"II", TiffImageFile),
+    (b"MM", TiffImageFile),
+)
+_T = TypeVar("_T")
+_WARNINGS_LOCK = threading.Lock()  # the filters belong to the process
+_TO_RGB = frozenset({"1", "L", "P", "RGB"})
+_TO_RGBA = frozenset({"LA", "PA", "RGBA"})
+
+
+class ImageSlide(LazySlide):
+    """One-level slide over a picture that is decoded once per process and kept until ``close``.
+
+    Grey and palette become RGB, alpha is composited over white, the EXIF orientation is applied. 16-bit, CMYK
+    and other modes, and pictures over a gigapixel, are UnsupportedSlideError.
+    """
+
+    reader = "image"
+
+    def _open(self) -> Handle:
+        return _ImageHandle(self._path, self.slide_id)
+
+
+class _ImageHandle:
+    def __init__(self, path: str, slide_id: str) -> None:
+        name = file_name(path)
+        try:
+            source = open_source(path)
+            data = source.pread(0, source.size)
+            identity = sampled_digest(source)
+            picture = _quietly(lambda: _identify(data))
+            if picture is None:
+                raise NotThisReaderError(f"{name}: image: not a PNG, JPEG or TIFF", slide_id=slide_id)
+        except (*FOREIGN_ERRORS, *remote_errors()) as error:
+            raise NotThisReaderError(f"{name}: image: {reason(error)}", slide_id=slide_id) from error
+        _refuse(picture, name, slide_id)
+        profile = picture.info.get("icc_profile")
+        try:
+            self._pixels_HWC = _quietly(lambda: _decode(picture))
+        except FOREIGN_ERRORS as error:
+            raise CorruptRegionError(
+                f"{name}: the picture cannot be decoded ({reason(error)}); copy it again from its source",
+                slide_id=slide_id,
+            ) from error
+        self.facts = Facts(
+            sizes=(Size(*self._pixels_HWC.shape[:2]),),
+            claims=(),
+            identity=identity,
+            icc_profile=profile if picture.mode in ("RGB", "RGBA") else None,
+        )
+
+    def read(self, level: int, region: Region) -> U8_HWC:
+        return self._pixels_HWC[region.slices(Region.of(self.facts.sizes[level]))].copy()
+
+
+def _quietly(call: Callable[[], _T]) -> _T:
+    """PIL warns of oddities that either do not matter or end in an error, which is then told once."""
+    with _WARNINGS_LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return call()
+
+
+def _identify(data: bytes) -> ImageFile.ImageFile | None:
+    for magic, opener in _OPENERS:
+        if data.startswith(magic):
+            return opener(io.BytesIO(data))
+    return None
+
+
+def _refuse(picture: ImageFile.ImageFile, name: str, slide_id: str) -> None:
+    width, height = picture.size
+    problem = None
+    if width * height > MAX_PIXELS:
+        problem = (
+            f"{height} x {width} px is over the limit of a gigapixel for pictures that are decoded whole; "
+            "convert it first: vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg --bigtiff"
+        )
+    elif picture.mode not in _TO_RGB | _TO_RGBA:
+        problem = f"pixels of mode {picture.mode}; the pipeline takes 8-bit RGB or grey pictures"
+    if problem is not None:
+        raise UnsupportedSlideError(f"{name}: {problem}", slide_id=slide_id)
+
+
+def _decode(picture: ImageFile.ImageFile) -> U8_HWC:
+    upright: Image.Image = picture
+    if picture.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1):
+        upright = ImageOps.exif_transpose(picture)
+    has_alpha = upright.mode in _TO_RGBA or "transparency" in upright.info
+    pixels_HWA: np.ndarray[Any, np.dtype[np.uint8]] = np.asarray(
+        upright.convert("RGBA" if has_alpha else "RGB")
+    )
+    return composite(pixels_HWA, (WHITE,) * 3) if has_alpha else pixels_HWA

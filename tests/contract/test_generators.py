@@ -173,7 +173,7 @@ def test_descriptions_name_every_member_and_its_defaults() -> None:
     assert set(described) == set(GENERATORS)
     assert all(entry.summary.endswith(".") and not entry.problem for entry in described.values())
     defaults = {option.name: option.default for option in described["stain_transfer"].options}
-    assert defaults == {"strength": 1.0, "palette": None, "tile": 1024, "batch": 4}
+    assert defaults == {"strength": 1.0, "palette": None, "tile": 1088, "batch": 4}
 
 
 def test_a_member_that_cannot_be_imported_is_described_with_its_problem(

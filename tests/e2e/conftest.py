@@ -1,10 +1,8 @@
-"""One reference conversion that the independence tests compare with."""
+"""Makes the shared helpers of this folder importable."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-
-import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -175,9 +175,9 @@ def test_a_second_process_on_the_same_output_is_refused(tmp_path: Path) -> None:
     from wsi_pipeline.pipeline.convert import _exclusive
 
     out = tmp_path / "a.ome.zarr"
-    with _exclusive(tmp_path / "a.ome.zarr.partial", False):
-        with pytest.raises(OutputError, match="another process"):
-            convert(out, settings())
+    busy = _exclusive(tmp_path / "a.ome.zarr.partial", False)
+    with busy, pytest.raises(OutputError, match="another process"):
+        convert(out, settings())
     convert(out, settings())
 
 

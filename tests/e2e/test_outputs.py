@@ -41,7 +41,9 @@ def test_the_store_validates(store: tuple[Path, str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the validator's own dependencies
         image = open_ome_zarr(zarr.open_group(out, mode="r"))
-        labels = [open_ome_zarr(zarr.open_group(out / "labels" / n, mode="r")) for n in ("tissue", "disagreement")]
+        labels = [
+            open_ome_zarr(zarr.open_group(out / "labels" / n, mode="r")) for n in ("tissue", "disagreement")
+        ]
     assert isinstance(image, {"0.4": Image04, "0.5": Image05}[version])
     scales = image.ome_attributes if version == "0.5" else image.attributes
     assert len(scales.multiscales[0].datasets) == LEVELS
@@ -111,8 +113,10 @@ def test_a_dot_stays_in_its_place_on_every_level(tmp_path: Path) -> None:
     slide = ArraySlide(pixels, mpp=0.5)
     config = settings(generator="identity")
     config = type(config)(
-        **{**{f: getattr(config, f) for f in ("tissue", "tiling", "generator", "output", "run")},
-           "input": type(config.input)(mask="whole")}
+        **{
+            **{f: getattr(config, f) for f in ("tissue", "tiling", "generator", "output", "run")},
+            "input": type(config.input)(mask="whole"),
+        }
     )
     convert_slide(slide, tmp_path / "a.ome.zarr", config)
     output = open_slide(tmp_path / "a.ome.zarr")
@@ -167,7 +171,9 @@ def _prefix(reader: object) -> str:
     return "openslide" if isinstance(reader, openslide.OpenSlide) else "tiffslide"
 
 
-def test_no_word_of_the_vendor_and_no_path_reaches_an_output(tiff: Path, data_dir: Path, tmp_path: Path) -> None:
+def test_no_word_of_the_vendor_and_no_path_reaches_an_output(
+    tiff: Path, data_dir: Path, tmp_path: Path
+) -> None:
     source = data_dir / "slides" / "CMU-1-Small-Region.svs"
     slide = open_slide(source)
     convert_slide(slide, tmp_path / "cmu.ome.zarr", settings())

@@ -115,3 +115,16 @@ def test_equal_tiles_leave_no_trace_and_differing_ones_are_measured() -> None:
 def test_a_tile_without_stride_is_refused() -> None:
     with pytest.raises(ConfigError, match="no stride"):
         TileGrid(size=Size(10, 10), tile=64, halo=16, overlap=32)
+
+
+def test_the_weights_of_a_giant_axis_cost_no_memory() -> None:
+    import tracemalloc
+
+    tracemalloc.start()
+    weights = axis_weights(20_000, 512, 448)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
+    np.testing.assert_array_equal(weights[1], weights[19_000])
+    np.testing.assert_array_equal(weights[0], axis_weights(9, 512, 448)[0])
+    np.testing.assert_array_equal(weights[-1], axis_weights(9, 512, 448)[-1])

@@ -42,7 +42,7 @@ Context: TypeAlias = Mapping[str, Any]
 WHITE = 255
 """Grey level of glass that nothing covers, and of everything outside a slide."""
 
-LABEL_CELL = 16
+LABEL_CELL = 32
 """Lattice pixels along a side of one pixel of the ``tissue`` and ``disagreement`` labels."""
 
 

@@ -110,7 +110,7 @@ class PyramidBuilder:
         self._planned = shape.planned(planned)
         self._done = frozenset(done)
         self._restore = restore
-        self._open: dict[BlockKey, tuple[U8_HWC, set[BlockIndex]]] = {}
+        self._open: dict[BlockKey, dict[BlockIndex, U8_HWC]] = {}
         self._owned = [set(mine)]
         for level in range(1, len(self._planned)):
             below, owned = self._planned[level - 1], self._owned[level - 1]
@@ -130,46 +130,48 @@ class PyramidBuilder:
                 if (level, index) not in self._done and all(
                     (level - 1, child) in self._done for child in children
                 ):
-                    pixels, _ = self._start(level, index)
-                    yield from self.put(Block(level=level, index=index, pixels_HWC=pixels))
+                    yield from self.put(self._assemble(level, index, self._restored(level, index)))
 
     def put(self, block: Block) -> Iterator[Block]:
         """The block itself, then each ancestor that it completes, from fine to coarse."""
-        yield block
+        current: Block | None = block
+        while current is not None:
+            yield current
+            current = self._completed_by(current)
+
+    def _completed_by(self, block: Block) -> Block | None:
+        """The parent of ``block``, if ``block`` was the last that it waited for."""
         level, parent = block.level + 1, parent_of(block.index)
         if level >= len(self._planned) or parent not in self._owned[level]:
-            return
+            return None
         if (level, parent) in self._done:
-            return
+            return None
         if (level, parent) not in self._open:
-            self._open[level, parent] = self._start(level, parent)
-        pixels, missing = self._open[level, parent]
-        self._paste(level, parent, block.index, block.pixels_HWC, pixels)
-        missing.discard(block.index)
-        if not missing:
-            del self._open[level, parent]
-            yield from self.put(Block(level=level, index=parent, pixels_HWC=pixels))
+            self._open[level, parent] = self._restored(level, parent)
+        quadrants = self._open[level, parent]
+        quadrants[block.index] = halve(block.pixels_HWC)
+        if len(quadrants) < len(self._planned_children(level, parent)):
+            return None
+        return self._assemble(level, parent, self._open.pop((level, parent)))
 
-    def _start(self, level: int, index: BlockIndex) -> tuple[U8_HWC, set[BlockIndex]]:
-        """A parent with the quadrants of its committed children; what is not planned stays white."""
+    def _restored(self, level: int, index: BlockIndex) -> dict[BlockIndex, U8_HWC]:
+        """Quadrants of a parent from the children that were committed before."""
+        return {
+            child: halve(self._restore(level - 1, child))
+            for child in self._planned_children(level, index)
+            if (level - 1, child) in self._done
+        }
+
+    def _assemble(self, level: int, index: BlockIndex, quadrants: dict[BlockIndex, U8_HWC]) -> Block:
+        """A parent from its quadrants; what is not planned stays white."""
         region = self._shape.region(level, index)
         pixels = np.full((region.height, region.width, 3), WHITE, np.uint8)
-        missing = set()
-        for child in self._planned_children(level, index):
-            if (level - 1, child) in self._done:
-                self._paste(level, index, child, self._restore(level - 1, child), pixels)
-            else:
-                missing.add(child)
-        return pixels, missing
+        for child, quadrant in quadrants.items():
+            below = self._shape.region(level - 1, child)
+            y, x = below.y // 2 - region.y, below.x // 2 - region.x
+            pixels[y : y + quadrant.shape[0], x : x + quadrant.shape[1]] = quadrant
+        return Block(level=level, index=index, pixels_HWC=pixels)
 
     def _planned_children(self, level: int, index: BlockIndex) -> list[BlockIndex]:
         below = self._planned[level - 1]
         return [child for child in _children_of(index) if child in below]
-
-    def _paste(
-        self, level: int, parent: BlockIndex, child: BlockIndex, child_HWC: U8_HWC, into: U8_HWC
-    ) -> None:
-        region, origin = self._shape.region(level - 1, child), self._shape.region(level, parent)
-        quadrant = halve(child_HWC)
-        y, x = region.y // 2 - origin.y, region.x // 2 - origin.x
-        into[y : y + quadrant.shape[0], x : x + quadrant.shape[1]] = quadrant

@@ -24,7 +24,7 @@ class Identity:
     ``tile``: side of the square tiles in pixels; ``batch``: tiles per call. Raises ConfigError below 1.
     """
 
-    tile: int = 1024
+    tile: int = 1088
     batch: int = 4
 
     def __post_init__(self) -> None:

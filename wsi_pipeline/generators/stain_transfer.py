@@ -106,7 +106,7 @@ class StainTransfer:
 
     strength: float = 1.0
     palette: Path | None = None
-    tile: int = 1024
+    tile: int = 1088
     batch: int = 4
     _loaded: Palette = field(init=False, repr=False, compare=False)
 

@@ -33,6 +33,7 @@ from wsi_pipeline.core.stitch import Gather, Stitcher, blend
 from wsi_pipeline.errors import GeneratorContractError
 from wsi_pipeline.generators import make_generator
 from wsi_pipeline.pipeline.events import Emit, Progress, ignore
+from wsi_pipeline.pipeline.memory import settle_memory
 from wsi_pipeline.pipeline.prefetch import ordered_map
 from wsi_pipeline.pipeline.settings import GeneratorConfig, InputConfig
 from wsi_pipeline.readers.lattice import SlideView
@@ -82,6 +83,7 @@ class JobReport:
 def run_band(job: Job, emit: Emit = ignore) -> JobReport:
     """Make and commit every block of a band that is not done yet, and each parent that they complete."""
     started, plan = time.perf_counter(), job.plan
+    settle_memory()
     mine = plan.blocks(job.band)
     todo = {index for index in mine if (0, index) not in job.done}
     tiles = plan.tiles_for(todo)

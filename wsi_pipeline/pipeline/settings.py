@@ -13,8 +13,8 @@ from typing import Any, Literal
 from wsi_pipeline.core.plan import Background
 from wsi_pipeline.core.tissue import TissueConfig
 from wsi_pipeline.errors import ConfigError
-from wsi_pipeline.writers.omezarr import OmeZarrConfig
 from wsi_pipeline.writers.ometiff import TiffConfig
+from wsi_pipeline.writers.omezarr import OmeZarrConfig
 
 __all__ = [
     "ConvertConfig",

@@ -4,9 +4,10 @@ Lattice pixel i covers [i, i + 1) * mpp micrometres from the slide's corner; its
 The lattice has as many pixels as have their centre on the slide; outside is white.
 
 How a pixel is computed. From the coarsest native level that is not coarser than the lattice, with r =
-lattice mpp / level mpp (r >= 1 but for up-sampling): (1) where r >= 4, an exact mean over aligned k x k
-native pixels, k = floor(r / 2), leaves a ratio in [2, 4); (2) a separable Catmull-Rom kernel (Keys 1981, a =
--1/2), stretched by the ratio against aliasing, its taps clamped to the slide; (3) rounding to uint8.
+lattice mpp / level mpp (r >= 1 but for up-sampling): (1) where r is a whole number, the mean over aligned
+r x r native pixels and nothing else, as in our own pyramids; (2) otherwise, where r >= 4, the mean over k x k,
+k = floor(r / 2), leaves a ratio in [2, 4); (3) a separable Catmull-Rom kernel (Keys 1981, a = -1/2), stretched
+by the ratio against aliasing, its taps clamped to the slide; (4) rounding to uint8.
 
 Why ``read(A | B)`` equals the join of ``read(A)`` and ``read(B)`` bit for bit. Taps and weights of a pixel
 are functions of its global index and nothing else; weights are integers (they sum to a power of two); blocks
@@ -27,6 +28,7 @@ import numpy.typing as npt
 
 from wsi_pipeline.core.geometry import Mpp, Region, Size
 from wsi_pipeline.core.protocols import U8_HWC, WHITE, Slide
+from wsi_pipeline.core.pyramid import halve
 from wsi_pipeline.readers.icc import to_srgb
 
 __all__ = ["IccMode", "SlideView"]
@@ -66,6 +68,7 @@ class SlideView:
             _centres_inside(base.width * slide.mpp[1] / self.mpp[1]),
         )
         self.level, self._ratio = _choose_level(slide, self.mpp)
+        self._whole = _whole_ratio(self._ratio)
 
     def read(self, region: Region) -> U8_HWC:
         """Pixels of a lattice region, [H, W, 3] uint8; outside the lattice is white.
@@ -88,6 +91,8 @@ class SlideView:
     def _read_inside(self, region: Region) -> U8_HWC:
         if self._ratio == (1.0, 1.0):
             return self.slide.read_level(self.level, region)
+        if self._whole is not None:
+            return self._blocks(region, *self._whole)
         extent = self.slide.levels[self.level].size
         rows, columns = _Axis(self._ratio[0], extent.height), _Axis(self._ratio[1], extent.width)
         # Strips bound the memory; weights belong to the rows, so strips are invisible.
@@ -214,7 +219,14 @@ def _catmull_rom(distance: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _box_mean(pixels_HWC: U8_HWC, rows: int, columns: int) -> U8_HWC:
-    """Mean over rows x columns blocks, half up; the extent is a multiple of both."""
+    """Mean over rows x columns blocks, half up; the extent is a multiple of both.
+
+    Even factors are halved as long as possible, as our pyramids are: fast, and equal to a level of them.
+    """
+    while rows % 2 == 0 and columns % 2 == 0:
+        pixels_HWC, rows, columns = halve(pixels_HWC), rows // 2, columns // 2
+    if rows == columns == 1:
+        return pixels_HWC
     height, width = pixels_HWC.shape[:2]
     kind = np.uint16 if rows <= 256 else np.uint32
     tall = np.zeros((height // rows, width, 3), kind)
@@ -230,6 +242,13 @@ def _box_mean(pixels_HWC: U8_HWC, rows: int, columns: int) -> U8_HWC:
 def _centres_inside(extent: float) -> int:
     """How many pixel centres i + 0.5 lie on an extent (in lattice pixels); at least one."""
     return max(math.ceil(extent - 0.5 - 1e-9 * max(extent, 1.0)), 1)
+
+
+def _whole_ratio(ratio: tuple[float, float]) -> tuple[int, int] | None:
+    """The ratio as integers where both axes are whole numbers, else None."""
+    whole = (round(ratio[0]), round(ratio[1]))
+    exact = all(abs(r - k) <= _COPY_TOLERANCE for r, k in zip(ratio, whole, strict=True))
+    return whole if exact and min(whole) >= 1 else None
 
 
 def _choose_level(slide: Slide, mpp: Mpp) -> tuple[int, tuple[float, float]]:

@@ -6,7 +6,8 @@ rename makes the output visible: what looks finished is finished.
 
 Why tensorstore and not zarr-python encodes the shards: measured on a frozen section, 4096^2 RGB, 2 cores,
 blosc-zstd level 1 with bitshuffle: zarr-python 186, zarrs 177, tensorstore 318 MPix/s (level 3 gives
-files 0.7 % smaller at 60 % of the speed). zarr-python reads the same files; a test compares.
+files 0.7 % smaller at 60 % of the speed). Why blocks of 3072: a slide of 100,000^2
+makes 1,500 files; 2048 is 15 % slower, 4096 needs half as much memory again and is no faster. zarr-python reads the same files; a test compares.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import cv2
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +52,7 @@ class OmeZarrConfig:
     ``level``: zstd level 0-9; ``translation``: state the half-pixel shift of the coarser levels."""
 
     ngff: NgffVersion = "0.5"
-    block: int = 4096
+    block: int = 3072
     level: int = 1
     translation: bool = True
 
@@ -77,7 +79,7 @@ class OmeZarrWriter:
         """Commit one block atomically; returns the CRC-32C of its bytes on disk."""
         region = self._shape.region(block.level, block.index)
         try:
-            _put(self._levels[block.level], region, block.pixels_HWC.transpose(2, 0, 1))
+            _put(self._levels[block.level], region, _planes(block.pixels_HWC))
             if block.disagreement_HW is not None:
                 _put(self._disagreement, _label_region(region), block.disagreement_HW)
         except ValueError as error:
@@ -265,6 +267,13 @@ def _label_region(region: Region) -> Region:
     y, x = region.y // LABEL_CELL, region.x // LABEL_CELL
     bottom, right = ceil_div(region.bottom, LABEL_CELL), ceil_div(region.right, LABEL_CELL)
     return Region(y, x, bottom - y, right - x)
+
+
+def _planes(pixels_HWC: U8_HWC) -> npt.NDArray[np.uint8]:
+    """[H, W, 3] to contiguous [3, H, W]; encoding strided pixels instead costs a third more time."""
+    planes = np.empty((3, *pixels_HWC.shape[:2]), np.uint8)
+    cv2.split(np.ascontiguousarray(pixels_HWC), list(planes))
+    return planes
 
 
 def _put(array: Any, region: Region, pixels: npt.NDArray[np.uint8]) -> None:

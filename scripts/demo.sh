@@ -9,7 +9,7 @@ if [ $# -eq 0 ] && [ ! -e "$slide" ]; then
 fi
 name=$(basename "${slide%%.*}")
 wsi-pipeline plan "$slide" ${2:+--mpp "$2"} --overlay "demo/$name.overlay.png"
-wsi-pipeline convert "$slide" ${2:+--mpp "$2"} -o "demo/$name-ffpe.ome.zarr" --overwrite --seams
+wsi-pipeline convert "$slide" ${2:+--mpp "$2"} -o "demo/$name-ffpe.ome.zarr" --overwrite
 wsi-pipeline export "demo/$name-ffpe.ome.zarr" -o "demo/$name-ffpe.ome.tif" --overwrite
 wsi-pipeline verify "demo/$name-ffpe.ome.zarr"
 cat <<END

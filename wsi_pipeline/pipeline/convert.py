@@ -37,7 +37,7 @@ from wsi_pipeline.writers.manifest import (
     write_manifest,
 )
 from wsi_pipeline.writers.ometiff import export_ometiff
-from wsi_pipeline.writers.omezarr import LEDGERS, OmeZarrWriter
+from wsi_pipeline.writers.omezarr import LEDGERS, OmeZarrWriter, read_label
 
 __all__ = ["ConvertResult", "Inspect", "convert_slide", "export_slide", "output_kind", "sidecar"]
 
@@ -200,6 +200,7 @@ def _make_store(
             "tiles": tiles,
             "blocks": len(planned),
             "seconds": round(time.perf_counter() - started, 3),
+            "disagreement": _disagreement(writer.root),
         }
         facts = {
             "reader": slide.reader,
@@ -252,6 +253,12 @@ def _make_blocks(
         rest = replace(jobs[0], band=None, name="shared", done=written)
         reports += run_jobs([rest], 1, total, emit)
     return sum(r.blocks for r in reports), len(done), sum(r.tiles for r in reports)
+
+
+def _disagreement(store: Path) -> dict[str, float]:
+    """How far overlapping tiles differed before blending, in grey levels (M4); all 0 proves no seam."""
+    cells = read_label(store, "disagreement")
+    return {"largest": int(cells.max()), "mean": round(float(cells.mean()), 4)}
 
 
 def _still_valid(writer: OmeZarrWriter, fingerprint: str, emit: Emit, slide_id: str) -> frozenset[BlockKey]:

@@ -5,9 +5,9 @@ The lattice has as many pixels as have their centre on the slide; outside is whi
 
 How a pixel is computed. From the coarsest native level that is not coarser than the lattice, with r =
 lattice mpp / level mpp (r >= 1 but for up-sampling): (1) where r is a whole number, the mean over aligned
-r x r native pixels and nothing else, as in our own pyramids; (2) otherwise, where r >= 4, the mean over k x k,
-k = floor(r / 2), leaves a ratio in [2, 4); (3) a separable Catmull-Rom kernel (Keys 1981, a = -1/2), stretched
-by the ratio against aliasing, its taps clamped to the slide; (4) rounding to uint8.
+r x r native pixels and nothing else, as in our own pyramids; (2) otherwise, where r >= 4, the mean over
+k x k, k = floor(r / 2), leaves a ratio in [2, 4); (3) a separable Catmull-Rom kernel (Keys 1981, a = -1/2),
+stretched by the ratio against aliasing, its taps clamped to the slide; (4) rounding to uint8.
 
 Why ``read(A | B)`` equals the join of ``read(A)`` and ``read(B)`` bit for bit. Taps and weights of a pixel
 are functions of its global index and nothing else; weights are integers (they sum to a power of two); blocks

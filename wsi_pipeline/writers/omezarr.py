@@ -4,10 +4,11 @@ Work goes to ``NAME.ome.zarr.partial``. One block is one shard (Zarr v3) or a sq
 written whole and once, so no two writers ever share a file. The OME metadata is written last and one
 rename makes the output visible: what looks finished is finished.
 
-Why tensorstore and not zarr-python encodes the shards: measured on a frozen section, 4096^2 RGB, 2 cores,
-blosc-zstd level 1 with bitshuffle: zarr-python 186, zarrs 177, tensorstore 318 MPix/s (level 3 gives
-files 0.7 % smaller at 60 % of the speed). Why blocks of 3072: a slide of 100,000^2
-makes 1,500 files; 2048 is 15 % slower, 4096 needs half as much memory again and is no faster. zarr-python reads the same files; a test compares.
+Why tensorstore and not zarr-python encodes the shards: measured on a frozen section, 4096^2 RGB, 2
+cores, blosc-zstd level 1 with bitshuffle: zarr-python 186, zarrs 177, tensorstore 318 MPix/s (level 3
+gives files 0.7 % smaller at 60 % of the speed). zarr-python reads the same files; a test compares. Why
+blocks of 3072: a slide of 100,000^2 makes 1,500 files; 2048 is 15 % slower, 4096 needs half as much memory
+again and is no faster.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -48,7 +48,9 @@ RoiOpt = Annotated[str | None, typer.Option(help="Y,X,HEIGHT,WIDTH in level-0 pi
 MaskOpt = Annotated[
     str | None, typer.Option(help="Tissue: detect, whole, or a GeoJSON file of hand-corrected tissue.")
 ]
-LogOpt = Annotated[str, typer.Option(help="text, or json for one JSON object a line on stdout.")]
+LogOpt = Annotated[
+    Literal["text", "json"], typer.Option(help="text, or json for one JSON object a line on stdout.")
+]
 
 
 @app.command()
@@ -88,7 +90,8 @@ def convert(
     roi: RoiOpt = None,
     mask: MaskOpt = None,
     background: Annotated[
-        str | None, typer.Option(help="What stands where no tissue is: matched, source or white.")
+        Literal["matched", "source", "white"] | None,
+        typer.Option(help="What stands where no tissue is [default: matched]."),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished output.")] = False,
@@ -118,7 +121,7 @@ def convert(
 def export(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A finished .ome.zarr output.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="NAME.ome.tif")],
-    jpeg: Annotated[str, typer.Option(help="Chroma subsampling: 4:2:0 or 4:4:4.")] = "4:2:0",
+    jpeg: Annotated[Literal["4:2:0", "4:4:4"], typer.Option(help="Chroma subsampling.")] = "4:2:0",
     quality: Annotated[int, typer.Option(help="JPEG quality 1-100.")] = 90,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     log_format: LogOpt = "text",
@@ -209,7 +212,10 @@ def _configured(
 
 
 def main() -> None:
-    """Entry point: one line on stderr and the documented exit code for every error of ours."""
+    """Entry point: one line on stderr and the documented exit code for every error of ours.
+
+    Ctrl-C is told by ``Console``; typer then exits with 130.
+    """
     from wsi_pipeline.errors import WsiPipelineError
 
     try:
@@ -219,9 +225,6 @@ def main() -> None:
 
         show_error(error, json_lines="json" in sys.argv)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("Stopped. Run the same command again to continue.", err=True)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import rich.table
 
 from wsi_pipeline.api import PlanResult
 from wsi_pipeline.doctor import examine
-from wsi_pipeline.errors import ConfigError, SlideError, WsiPipelineError
+from wsi_pipeline.errors import SlideError, WsiPipelineError
 from wsi_pipeline.generators import describe
 from wsi_pipeline.pipeline.convert import ConvertResult
 from wsi_pipeline.pipeline.events import Event, Notice, Planned, Progress, Stage
@@ -35,8 +35,6 @@ class Console:
     """Renders the events of one command; use as a context manager."""
 
     def __init__(self, log_format: str) -> None:
-        if log_format not in ("text", "json"):
-            raise ConfigError(f"--log-format {log_format}: choose text or json")
         self._json = log_format == "json"
         self._stderr = rich.console.Console(stderr=True, highlight=False)
         self._bar = rich.progress.Progress(
@@ -60,6 +58,8 @@ class Console:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+        if kind is KeyboardInterrupt:
+            self._stderr.print("Stopped. Run the same command again to continue.")
 
     def emit(self, event: Event) -> None:
         """Show one event."""

@@ -165,7 +165,7 @@ def test_specs_are_as_documented() -> None:
     for name, stain in (("identity", "any"), ("stain_transfer", "h&e")):
         spec = make_generator(name, {}).spec
         shape = (spec.kind, spec.tile, spec.halo, spec.align, spec.batch, spec.exact, spec.stain, spec.mpp)
-        assert shape == (name, 1024, 0, 1, 4, True, stain, None)
+        assert shape == (name, 1088, 0, 1, 4, True, stain, None)
 
 
 def test_descriptions_name_every_member_and_its_defaults() -> None:

@@ -133,7 +133,8 @@ def _tissue(slide: Slide, thumbnail: U8_HWC, mpp: Mpp, config: ConvertConfig) ->
     detected = detect_tissue(thumbnail, mpp, config.tissue)
     if config.input.mask == "detect":
         return detected
-    given = _read_geojson(config.input.mask, slide, mpp)
+    drawn = _read_geojson(config.input.mask, slide, mpp)
+    given = TissueMask(mask_HW=_at_pixels(drawn, size, mpp, 1), mpp=mpp)
     reason = None if given.mask_HW.any() else f"{config.input.mask} contains no tissue"
     return TissueResult(tissue=given, excluded={}, reason=reason, background_rgb=detected.background_rgb)
 

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Style, types and architecture.
-source "$(dirname "$0")/setup.sh" dev
+extra=dev
+source "$(dirname "$0")/setup.sh"
+cd "$here"
 ruff check .
 ruff format --check .
 mypy

@@ -1,4 +1,6 @@
 #!/usr/bin/env bash
 # The whole test suite; arguments go to pytest, e.g. bash scripts/test.sh -k blend, or -m slow.
-source "$(dirname "$0")/setup.sh" dev
+extra=dev
+source "$(dirname "$0")/setup.sh"
+cd "$here"
 exec python -m pytest "$@"

@@ -34,6 +34,7 @@ class PlanResult:
     survey: Survey
     estimate: Estimate
     overlay: Path | None
+    geojson: Path | None
 
 
 def plan(
@@ -57,7 +58,13 @@ def plan(
         write_overlay(found, Path(overlay))
     if geojson is not None:
         write_geojson(found, opened.mpp, Path(geojson))
-    return PlanResult(slide=opened, survey=found, estimate=cost, overlay=Path(overlay) if overlay else None)
+    return PlanResult(
+        slide=opened,
+        survey=found,
+        estimate=cost,
+        overlay=Path(overlay) if overlay else None,
+        geojson=Path(geojson) if geojson else None,
+    )
 
 
 def convert(

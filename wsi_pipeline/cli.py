@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from wsi_pipeline._version import __version__
+
 if TYPE_CHECKING:
     from wsi_pipeline.pipeline.settings import ConvertConfig
 
@@ -29,6 +31,22 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
 
 SlideArg = Annotated[str, typer.Argument(metavar="SLIDE", help="Slide file, OME-Zarr folder, image or URL.")]
 ConfigOpt = Annotated[
@@ -70,7 +88,7 @@ def plan(
     ] = None,
     log_format: LogOpt = "text",
 ) -> None:
-    """Dry run: pixel size, tissue, tiles, bytes, time and an overlay picture; writes nothing else."""
+    """Dry run: pixel size, tissue, tiles, bytes and time; writes an overlay picture, no output."""
     from wsi_pipeline import api
     from wsi_pipeline.console import show_plan
 

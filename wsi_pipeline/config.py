@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 import pydantic
 import yaml
@@ -30,6 +30,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conv
     where = f"{path}: " if path is not None else ""
     if unknown := list(_unknown(values, ConvertConfig, "")):
         raise ConfigError(f"{where}{', '.join(unknown)}: no such setting; `wsi-pipeline config` lists all")
+    _texts(values, ConvertConfig)
     try:
         return pydantic.TypeAdapter(ConvertConfig).validate_python(values)
     except pydantic.ValidationError as error:
@@ -81,6 +82,16 @@ def _unknown(values: dict[str, Any], part: type, prefix: str) -> Iterator[str]:
             yield f"{prefix}{key}"
         elif isinstance(value, dict) and is_dataclass(hints[key]):
             yield from _unknown(value, hints[key], f"{prefix}{key}.")
+
+
+def _texts(values: dict[str, Any], part: type) -> None:
+    """Turn numbers into text where text is chosen from a list: ``ngff=0.4`` means ``'0.4'``."""
+    hints = get_type_hints(part)
+    for key, value in values.items():
+        if isinstance(value, dict) and is_dataclass(hints[key]):
+            _texts(value, hints[key])
+        elif isinstance(value, float) and get_origin(hints[key]) is Literal:
+            values[key] = str(value)
 
 
 def _explain(error: Any) -> str:

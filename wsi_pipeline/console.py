@@ -59,6 +59,8 @@ class Console:
     ) -> None:
         self._bar.stop()
         if kind is KeyboardInterrupt:
+            if self._json:
+                _json_line({"event": "stopped"})
             self._stderr.print("Stopped. Run the same command again to continue.")
 
     def emit(self, event: Event) -> None:
@@ -93,7 +95,7 @@ class Console:
             picture = f"\nLook at {result.qc}" if result.qc else ""
             text = (
                 f"Wrote {result.path}: {result.tissue_mm2:.2f} mm² of tissue, {result.tiles} tiles, "
-                f"{result.blocks} blocks in {result.seconds:.1f} s{picture}"
+                f"{result.blocks} blocks in {result.seconds:.1f} s{_seams(result)}{picture}"
             )
         self.result(_plain(asdict(result)), text)
 
@@ -112,7 +114,7 @@ def show_plan(result: PlanResult, log_format: str) -> None:
     plan = found.plan
     size = plan.grid.size
     values = {
-        "slide": plan.slide_id,
+        "slide_id": plan.slide_id,
         "reader": result.slide.reader,
         "mpp_y": plan.mpp[0],
         "mpp_x": plan.mpp[1],
@@ -147,6 +149,7 @@ def show_plan(result: PlanResult, log_format: str) -> None:
         ("disk", f"{(cost.free_bytes or 0) / 1e9:.1f} GB free here"),
         ("time", f"about {_duration(cost.seconds)}"),
         ("overlay", str(result.overlay)),
+        *([("outline", str(result.geojson))] if result.geojson else []),
     ]
     _table(rows)
 
@@ -183,6 +186,15 @@ def show_error(error: WsiPipelineError, *, json_lines: bool) -> None:
         slide = {"slide_id": error.slide_id} if isinstance(error, SlideError) else {}
         _json_line(line | slide | {"exit_code": error.exit_code})
     sys.stderr.write(f"Error: {' '.join(str(error).split())}\n")
+
+
+def _seams(result: ConvertResult) -> str:
+    """The verdict of ``--seams``, if it was asked for."""
+    seams = (result.figures or {}).get("seams")
+    if seams is None:
+        return ""
+    words = {True: "passed", False: "failed, see the manifest", None: "too little tissue to tell"}
+    return f"\nSeam figures: {words[seams['pass']]}"
 
 
 def _reason(reason: str | None) -> str:

@@ -82,7 +82,7 @@ def test_real_slides_convert_to_both_formats(data_dir: Path, tmp_path: Path, nam
     done = run("convert", data_dir / "slides" / name, "-o", out, *CONVERTIBLE[name])
     assert done.returncode == 0, done.stderr
     assert out.exists()
-    assert (tmp_path / "out.qc.png").exists()
+    assert (tmp_path / f"out{ending}.qc.png").exists()
     assert run("verify", out).returncode == 0
     assert not list(tmp_path.glob("*.partial")) + list(tmp_path.glob("*.work*"))
 
@@ -156,6 +156,38 @@ def test_help_answers_at_once() -> None:
     started = time.perf_counter()
     assert run("--help").returncode == 0
     assert time.perf_counter() - started < 2.0, "0.2 s on a quiet machine"
+
+
+def test_outputs_side_by_side_share_no_file(data_dir: Path, tmp_path: Path) -> None:
+    slide = data_dir / "slides" / "CMU-1-Small-Region.svs"
+    first = run("convert", slide, "-o", tmp_path / "a.ome.tif")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    second = run("convert", slide, "-o", tmp_path / "a.ome.zarr", "--background", "white")
+    assert first.returncode == second.returncode == 0, second.stderr
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_an_mpp_that_contradicts_the_file_is_said(data_dir: Path, tmp_path: Path) -> None:
+    slide = data_dir / "slides" / "CMU-1-Small-Region.svs"
+    done = run("plan", slide, "--mpp", "0.25", "--log-format", "json", cwd=tmp_path)
+    assert json.loads(done.stdout)["mpp_origin"] == "--mpp (the file says aperio.MPP = 0.499 um/px)"
+    for value in ("687", "0", "-1", "nan"):
+        assert_one_line_error(run("plan", slide, "--mpp", value, cwd=tmp_path), 2)
+
+
+def test_a_mask_beside_the_slide_is_an_error(data_dir: Path, tmp_path: Path) -> None:
+    ring = [[9000, 9000], [9100, 9000], [9100, 9100], [9000, 9000]]
+    geometry = {"type": "Polygon", "coordinates": [ring]}
+    (tmp_path / "m.geojson").write_text(
+        json.dumps({"type": "Feature", "geometry": geometry, "properties": {}})
+    )
+    slide = data_dir / "slides" / "CMU-1-Small-Region.svs"
+    line = assert_one_line_error(run("plan", slide, "--mask", tmp_path / "m.geojson", cwd=tmp_path), 2)
+    assert "no area lies on the slide" in line
+
+
+def test_version() -> None:
+    assert run("--version").stdout.strip() == "0.1.0"
 
 
 def test_models_and_doctor_answer(tmp_path: Path) -> None:

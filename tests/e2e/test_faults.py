@@ -48,7 +48,7 @@ def test_an_existing_output_is_never_overwritten_unasked(tmp_path: Path) -> None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ome.zarr"]
 
 
-@pytest.mark.parametrize("name", ["a.png", "a", "a.svs", "a.zarr.zip"])
+@pytest.mark.parametrize("name", ["a.png", "a", "a.svs", "a.zarr.zip", "a.tif"])
 def test_an_unknown_ending_is_refused_before_anything_starts(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"\.ome\.zarr or \.ome\.tif"):
         convert(tmp_path / name, settings())
@@ -234,14 +234,14 @@ def test_no_tissue_is_a_result_with_a_picture(tmp_path: Path) -> None:
     result = convert_slide(glass, tmp_path / "a.ome.zarr", settings())
     assert result.status == "no_tissue"
     assert result.reason
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.overlay.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ome.zarr.overlay.png"]
 
 
 def test_a_worker_that_dies_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from wsi_pipeline.pipeline import executors
     from wsi_pipeline.pipeline.settings import ExecutionConfig
 
-    monkeypatch.setattr(executors, "run_band", _die)
+    monkeypatch.setattr(executors, "_run_until_stopped", _die)
     with pytest.raises(OutputError, match="worker process died"):
         convert(tmp_path / "a.ome.zarr", settings(run=ExecutionConfig(workers=2)))
     monkeypatch.undo()

@@ -139,7 +139,7 @@ def tiff(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
     out = tmp_path_factory.mktemp("tiff") / "cmu.ome.tif"
     slide = open_slide(data_dir / "slides" / "CMU-1-Small-Region.svs")
     convert_slide(slide, out, settings())
-    assert sorted(p.name for p in out.parent.iterdir()) == ["cmu.manifest.json", "cmu.ome.tif"]
+    assert sorted(p.name for p in out.parent.iterdir()) == ["cmu.ome.tif", "cmu.ome.tif.manifest.json"]
     return out
 
 

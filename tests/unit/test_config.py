@@ -24,7 +24,7 @@ def test_defaults_survive_the_round_trip(tmp_path: Path) -> None:
 def test_overrides_are_typed_and_win(tmp_path: Path) -> None:
     path = tmp_path / "some.yaml"
     path.write_text("tiling: {overlap: 32}\ngenerator: {name: identity}\n")
-    config = load_config(path, ["tiling.overlap=96", "output.zarr.ngff='0.4'", "input.mpp=0.25"])
+    config = load_config(path, ["tiling.overlap=96", "output.zarr.ngff=0.4", "input.mpp=0.25"])
     assert config.tiling.overlap == 96
     assert config.generator.name == "identity"
     assert config.output.zarr.ngff == "0.4"

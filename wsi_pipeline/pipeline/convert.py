@@ -18,7 +18,13 @@ from typing import Any, Literal, TypeAlias
 
 from wsi_pipeline.core.protocols import Slide
 from wsi_pipeline.core.pyramid import BlockKey
-from wsi_pipeline.errors import ConfigError, OutputError, OutputExistsError
+from wsi_pipeline.errors import (
+    ConfigError,
+    CorruptRegionError,
+    IncompleteOutputError,
+    OutputError,
+    OutputExistsError,
+)
 from wsi_pipeline.pipeline.events import Emit, Notice, Planned, Progress, Stage, ignore
 from wsi_pipeline.pipeline.executors import run_jobs
 from wsi_pipeline.pipeline.planning import Survey, label_mask, survey
@@ -73,18 +79,17 @@ def output_kind(out: Path) -> Literal["zarr", "tiff"]:
     name = out.name.lower()
     if name.endswith(".zarr"):
         return "zarr"
-    if name.endswith((".tif", ".tiff")):
+    if name.endswith((".ome.tif", ".ome.tiff")):
         return "tiff"
     raise ConfigError(f"{out}: an output ends in .ome.zarr or .ome.tif; choose such a name")
 
 
 def sidecar(out: Path, ending: str) -> Path:
-    """A file beside the output with another ending: ``a.ome.zarr`` -> ``a.qc.png``."""
-    name = out.name
-    for known in (".ome.zarr", ".zarr", ".ome.tiff", ".ome.tif", ".tiff", ".tif"):
-        if name.lower().endswith(known):
-            return out.with_name(name[: -len(known)] + ending)
-    return out.with_name(name + ending)
+    """A file beside the output, named after all of its name: ``a.ome.zarr`` -> ``a.ome.zarr.qc.png``.
+
+    Why all of it: ``a.ome.zarr`` and ``a.ome.tif`` may lie side by side and must not share files.
+    """
+    return out.with_name(out.name + ending)
 
 
 def convert_slide(
@@ -106,6 +111,8 @@ def convert_slide(
     started, kind = time.perf_counter(), output_kind(out)
     _refuse_existing(out, overwrite)
     emit(Stage(slide_id=slide.slide_id, stage="plan"))
+    if "file says" in slide.mpp_origin:
+        emit(Notice(slide_id=slide.slide_id, message=f"pixel size from {slide.mpp_origin}"))
     found = survey(slide, config)
     _make_folder(out)
     if found.is_empty:
@@ -148,20 +155,28 @@ def export_slide(
     IncompleteOutputError where ``store`` is no finished OME-Zarr of this program.
     """
     document = read_manifest(store / MANIFEST)
+    if output_kind(out) != "tiff":
+        raise ConfigError(f"{out}: an export ends in .ome.tif; choose such a name")
     slide = open_slide(store)
     emit(Stage(slide_id=slide.slide_id, stage="export"))
     _make_folder(out)
     profile = store / PROFILE
-    export_ometiff(
-        slide,
-        out,
-        config.output.tiff,
-        icc_profile=profile.read_bytes() if profile.exists() else None,
-        description={"Notice": SYNTHETIC},
-        progress=lambda done, total: emit(Progress(slide_id=slide.slide_id, done=done, total=total)),
-        overwrite=overwrite,
-    )
-    slide.close()
+    try:
+        export_ometiff(
+            slide,
+            out,
+            config.output.tiff,
+            icc_profile=profile.read_bytes() if profile.exists() else None,
+            progress=lambda done, total: emit(Progress(slide_id=slide.slide_id, done=done, total=total)),
+            overwrite=overwrite,
+        )
+    except CorruptRegionError as error:
+        raise IncompleteOutputError(
+            f"{store}: is damaged ({error.region}); see `wsi-pipeline verify`, and convert the slide again",
+            path=store,
+        ) from error
+    finally:
+        slide.close()
     digest = {"sha256": file_digest(out), "bytes": out.stat().st_size}
     write_manifest(sidecar(out, f".{MANIFEST}"), document | {"tiff": digest})
     return out
@@ -197,8 +212,9 @@ def _make_store(
             for index in indices
         ]
         figures = {
-            "tiles": tiles,
+            "tiles": plan.tile_count,
             "blocks": len(planned),
+            "blocks_resumed": resumed,
             "seconds": round(time.perf_counter() - started, 3),
             "disagreement": _disagreement(writer.root),
         }

@@ -13,7 +13,9 @@ from pathlib import Path
 import imagecodecs
 
 from wsi_pipeline.core.batching import read_batch
-from wsi_pipeline.core.protocols import Slide, Tile
+from wsi_pipeline.core.geometry import TileIndex
+from wsi_pipeline.core.plan import SlidePlan
+from wsi_pipeline.core.protocols import Generator, Slide, Tile
 from wsi_pipeline.generators import make_generator
 from wsi_pipeline.pipeline.planning import Survey
 from wsi_pipeline.pipeline.run import checked
@@ -46,25 +48,36 @@ def estimate(slide: Slide, found: Survey, config: ConvertConfig, out: Path | Non
         plan.shape.region(level, index).area for level, indices in enumerate(levels) for index in indices
     )
     tiles = plan.tiles_for(plan.blocks())
-    per_tile, bytes_per_pixel = _sample(slide, found, config, tiles)
+    view = SlideView(slide, plan.mpp, icc=config.input.icc)
+    generator = make_generator(config.generator.name, config.generator.options)
+    per_tile, tissue_bytes = _sample(view, generator, plan, config, tiles)
+    tissue = min(len(tiles) * plan.grid.stride**2 * 4 / 3, pixels)
+    glass_bytes = 0.0
+    if plan.background != "white":
+        _, glass_bytes = _sample(view, generator, plan, config, _glass(plan))
     lanes = max(1, config.run.workers)
     seconds = (len(tiles) * per_tile + pixels / (WRITE_MPIX_PER_SECOND * 1e6)) / lanes
     return Estimate(
         tiles=len(tiles),
         blocks=sum(len(indices) for indices in levels),
-        size_bytes=int(pixels * bytes_per_pixel),
+        size_bytes=int(tissue * tissue_bytes + (pixels - tissue) * glass_bytes),
         seconds=seconds,
         free_bytes=_free(out),
     )
 
 
-def _sample(slide: Slide, found: Survey, config: ConvertConfig, tiles: list[Tile]) -> tuple[float, float]:
-    """Seconds a tile and compressed bytes a pixel, from tiles spread over the tissue."""
+def _glass(plan: SlidePlan) -> list[Tile]:
+    """Tiles of the grid that will not be generated."""
+    rows, cols = (~plan.tissue_tiles_HW).nonzero()
+    return [plan.grid.tile_at(TileIndex(int(row), int(col))) for row, col in zip(rows, cols, strict=True)]
+
+
+def _sample(
+    view: SlideView, generator: Generator, plan: SlidePlan, config: ConvertConfig, tiles: list[Tile]
+) -> tuple[float, float]:
+    """Seconds a tile and compressed bytes a pixel, from a few of these tiles."""
     if not tiles:
-        return 0.0, 0.1
-    plan = found.plan
-    view = SlideView(slide, plan.mpp, icc=config.input.icc)
-    generator = make_generator(config.generator.name, config.generator.options)
+        return 0.0, 0.0
     picked = [tiles[len(tiles) * (2 * i + 1) // (2 * SAMPLES)] for i in range(SAMPLES)]
     view.read(picked[0].read)  # opens the file; counted once, not for every tile
     started = time.perf_counter()

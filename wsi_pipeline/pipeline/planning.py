@@ -142,13 +142,16 @@ def _tissue(slide: Slide, thumbnail: U8_HWC, mpp: Mpp, config: ConvertConfig) ->
 def _read_geojson(path: str, slide: Slide, mpp: Mpp) -> TissueMask:
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
-        return geojson_to_mask(document, slide.levels[0].size, slide.mpp, mpp)
+        mask = geojson_to_mask(document, slide.levels[0].size, slide.mpp, mpp)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a GeoJSON file") from error
     except ValueError as error:
         raise ConfigError(f"{path}: is not JSON ({error}); export it as GeoJSON") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    if document.get("features", True) and not mask.mask_HW.any():
+        raise ConfigError(f"{path}: no area lies on the slide; coordinates are (x, y) in level-0 pixels")
+    return mask
 
 
 def _check_stain(slide: Slide, verdict: StainVerdict, spec: GeneratorSpec, config: ConvertConfig) -> None:

@@ -33,6 +33,10 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _LFS = b"version https://git-lfs"
 
 
+CONCEIVABLE = (0.01, 200.0)
+"""Pixel sizes in micrometres that ``--mpp`` accepts: from electron micrographs to thumbnails."""
+
+
 def open_slide(
     path: str | Path, *, mpp: Mpp | float | None = None, mpp_table: Path | None = None, reader: str = "auto"
 ) -> Slide:
@@ -71,6 +75,8 @@ def _override(path: str, mpp: Mpp | float | None, mpp_table: Path | None) -> Mpp
         pair = (float(mpp), float(mpp)) if isinstance(mpp, int | float) else (float(mpp[0]), float(mpp[1]))
         if not all(math.isfinite(value) and value > 0 for value in pair):
             raise ConfigError(f"--mpp {mpp}: a pixel size is a positive number of micrometres")
+        if not all(CONCEIVABLE[0] <= value <= CONCEIVABLE[1] for value in pair):
+            raise ConfigError(f"--mpp {mpp}: no slide has such a pixel size; give micrometres per pixel")
         return MppClaim("--mpp", pair)
     if mpp_table is not None:
         table = read_mpp_table(mpp_table)

@@ -122,8 +122,7 @@ class LazySlide(abc.ABC):
         return self._settled()[1]
 
     def _settled(self) -> tuple[Mpp, str]:
-        claims = () if self._override is not None else self._opened().facts.claims
-        return settle_mpp(claims, override=self._override, slide_id=self.slide_id)
+        return settle_mpp(self._opened().facts.claims, override=self._override, slide_id=self.slide_id)
 
     @property
     def levels(self) -> tuple[Level, ...]:

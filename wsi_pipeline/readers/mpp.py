@@ -102,10 +102,13 @@ def settle_mpp(claims: Iterable[MppClaim], *, override: MppClaim | None, slide_i
     Raises MppConflictError where measured claims differ by more than 5 %, or a nominal one is clearly
     another magnification; MissingMppError where no plausible claim exists.
     """
-    if override is not None:
-        return override.mpp, override.origin
     claims = list(claims)
     heard = [claim for claim in claims if plausible(claim.mpp)]
+    if override is not None:
+        stated = next((c for c in heard if not c.nominal), None)
+        if stated is not None and _ratio(stated.mpp, override.mpp) > 1 + MEASURED_TOLERANCE:
+            return override.mpp, f"{override.origin} (the file says {stated})"
+        return override.mpp, override.origin
     measured = [claim for claim in heard if not claim.nominal]
     nominal = [claim for claim in heard if claim.nominal]
     believed = next(iter(measured or nominal), None)

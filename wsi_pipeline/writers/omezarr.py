@@ -59,9 +59,9 @@ class OmeZarrConfig:
 
     def __post_init__(self) -> None:
         if self.block < CHUNK_V2 or self.block % CHUNK_V2:
-            raise ConfigError(f"output.block: {self.block} is not a multiple of {CHUNK_V2}")
+            raise ConfigError(f"output.zarr.block: {self.block} is not a multiple of {CHUNK_V2}")
         if not 0 <= self.level <= 9:
-            raise ConfigError(f"output.level: {self.level} is not a zstd level from 0 to 9")
+            raise ConfigError(f"output.zarr.level: {self.level} is not a zstd level from 0 to 9")
 
 
 class OmeZarrWriter:

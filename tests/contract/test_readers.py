@@ -217,9 +217,10 @@ def test_override_wins(picture_HWC: U8_HWC, tmp_path: Path, mpp: Any, expected: 
     table.write_text("slide,mpp,mpp_y\na,0.7,0.6\n")
     path = write_tiff(tmp_path / "a.tif", [picture_HWC])
     listed = open_slide(path, mpp_table=table)
-    assert (listed.mpp, listed.mpp_origin) == ((0.6, 0.7), "mpp table mpp.csv")
+    contradicted = "(the file says TIFF resolution = 0.25 (y) x 0.5 (x) um/px)"
+    assert (listed.mpp, listed.mpp_origin) == ((0.6, 0.7), f"mpp table mpp.csv {contradicted}")
     stated = open_slide(path, mpp=mpp, mpp_table=table)
-    assert (stated.mpp, stated.mpp_origin) == (expected, "--mpp")
+    assert (stated.mpp, stated.mpp_origin) == (expected, f"--mpp {contradicted}")
     other = open_slide(shutil.copy(path, tmp_path / "b.tif"), mpp_table=table)
     assert other.mpp_origin == "TIFF resolution"
 

@@ -30,7 +30,7 @@ from wsi_pipeline.core.artefacts import (
     morph,
     touching,
 )
-from wsi_pipeline.core.geometry import Mpp, Size, ceil_div
+from wsi_pipeline.core.geometry import Mpp, Size
 from wsi_pipeline.core.glass import F32_HW, F32_HWC, Glass, estimate_glass, optical_density
 from wsi_pipeline.core.mask import TissueMask
 from wsi_pipeline.core.protocols import U8_HWC
@@ -167,11 +167,9 @@ class TissueResult:
     background_rgb: tuple[int, int, int]
 
 
-def whole_slide(size_px: Size, mpp: Mpp) -> TissueResult:
-    """Everything is tissue; ``size_px`` at ``mpp``. The mask is made at ``THUMBNAIL_MPP``."""
-    scale = [max(1, int(THUMBNAIL_MPP / step)) for step in mpp]
-    shape = (max(1, ceil_div(size_px.height, scale[0])), max(1, ceil_div(size_px.width, scale[1])))
-    mask = TissueMask(mask_HW=np.ones(shape, np.bool_), mpp=(mpp[0] * scale[0], mpp[1] * scale[1]))
+def whole_slide(size: Size, mpp: Mpp) -> TissueResult:
+    """Everything is tissue, on a mask of ``size`` pixels at ``mpp``."""
+    mask = TissueMask(mask_HW=np.ones((size.height, size.width), np.bool_), mpp=mpp)
     return TissueResult(tissue=mask, excluded={}, reason=None, background_rgb=(255, 255, 255))
 
 

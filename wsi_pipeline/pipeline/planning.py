@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from wsi_pipeline._version import __version__
 from wsi_pipeline.core.annotations import geojson_to_mask
 from wsi_pipeline.core.geometry import Mpp, Region, Size, TileIndex, ceil_div
 from wsi_pipeline.core.grid import TileGrid
@@ -31,6 +32,7 @@ from wsi_pipeline.pipeline.settings import ConvertConfig
 from wsi_pipeline.readers import open_slide
 from wsi_pipeline.readers.array import ArraySlide
 from wsi_pipeline.readers.lattice import SlideView
+from wsi_pipeline.readers.mpp import plausible
 
 __all__ = ["Survey", "label_mask", "open_configured", "survey"]
 
@@ -39,6 +41,8 @@ OVERVIEW_MPP = 2.0
 """The overview has about this many pixels, but is no finer than this, in µm."""
 STAIN_PIXELS = 1e6
 OVERVIEW_STRIP = 128
+FINEST_UPSAMPLING = 4
+LARGEST = 2**40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +61,7 @@ class Survey:
     @property
     def is_empty(self) -> bool:
         """True where there is no tissue to translate; ``tissue.reason`` says why."""
-        return not self.plan.tissue_tiles_HW.any()
+        return self.plan.tile_count == 0
 
     @property
     def excluded_mm2(self) -> dict[str, float]:
@@ -105,14 +109,24 @@ def survey(slide: Slide, config: ConvertConfig) -> Survey:
         generator=spec,
         context=context,
         roi=_roi(slide, grid.size, mpp, config.input.roi),
-        settings={"icc": config.input.icc, "zarr": asdict(config.output.zarr)},
+        settings={
+            "icc": config.input.icc,
+            "zarr": asdict(config.output.zarr),
+            "version": __version__,
+        },
     )
     return Survey(plan=plan, thumbnail_HWC=thumbnail, thumbnail_mpp=coarse, tissue=tissue, verdict=verdict)
 
 
 def _working_mpp(slide: Slide, config: ConvertConfig, spec: GeneratorSpec) -> Mpp:
-    if config.tiling.mpp is not None:
-        return (config.tiling.mpp, config.tiling.mpp)
+    wanted = config.tiling.mpp
+    if wanted is not None:
+        if not plausible((wanted, wanted)) or wanted < min(slide.mpp) / FINEST_UPSAMPLING:
+            raise ConfigError(
+                f"tiling.mpp: {wanted} µm per pixel makes no sense for a slide of {min(slide.mpp):.4g}; "
+                f"give at least {min(slide.mpp) / FINEST_UPSAMPLING:.4g} and at most 20"
+            )
+        return (wanted, wanted)
     return spec.mpp or slide.mpp
 
 
@@ -145,7 +159,7 @@ def _read_geojson(path: str, slide: Slide, mpp: Mpp) -> TissueMask:
         mask = geojson_to_mask(document, slide.levels[0].size, slide.mpp, mpp)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a GeoJSON file") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: is not JSON ({error}); export it as GeoJSON") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
@@ -217,6 +231,7 @@ def _roi(slide: Slide, size: Size, mpp: Mpp, roi: str | None) -> tuple[Region, .
         return _boxes(_read_geojson(roi, slide, coarse), mpp)
     try:
         y, x, height, width = (int(part) for part in roi.split(","))
+        y, x, height, width = (min(max(v, -LARGEST), LARGEST) for v in (y, x, height, width))
     except ValueError:
         raise ConfigError(
             f"input.roi: '{roi}' is neither a GeoJSON file nor Y,X,HEIGHT,WIDTH in level-0 pixels"
@@ -239,8 +254,8 @@ def _boxes(mask: TissueMask, mpp: Mpp) -> tuple[Region, ...]:
     labelled, _ = ndimage.label(mask.mask_HW)
     boxes = []
     for rows, cols in ndimage.find_objects(labelled):
-        y, bottom = (int(v * mask.mpp[0] / mpp[0]) for v in (rows.start, rows.stop))
-        x, right = (int(v * mask.mpp[1] / mpp[1]) for v in (cols.start, cols.stop))
+        y, bottom = int(rows.start * mask.mpp[0] / mpp[0]), math.ceil(rows.stop * mask.mpp[0] / mpp[0])
+        x, right = int(cols.start * mask.mpp[1] / mpp[1]), math.ceil(cols.stop * mask.mpp[1] / mpp[1])
         boxes.append(Region(y, x, bottom - y, right - x))
     if not boxes:
         raise ConfigError("input.roi: the GeoJSON file contains no area")

@@ -17,7 +17,7 @@ from wsi_pipeline.core.protocols import Slide
 from wsi_pipeline.errors import ConfigError, UnsupportedSlideError
 from wsi_pipeline.readers._base import FOREIGN_ERRORS, NotThisReaderError, reason, slide_name
 from wsi_pipeline.readers._source import file_name, is_remote, open_source, remote_errors
-from wsi_pipeline.readers.mpp import MppClaim, read_mpp_table
+from wsi_pipeline.readers.mpp import MppClaim, plausible, read_mpp_table
 
 __all__ = ["READERS", "open_slide"]
 
@@ -31,10 +31,6 @@ READERS: dict[str, str] = {
 _ZARR_MARKERS = ("zarr.json", ".zgroup", ".zattrs", ".zmetadata", ".zarray")
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _LFS = b"version https://git-lfs"
-
-
-CONCEIVABLE = (0.01, 200.0)
-"""Pixel sizes in micrometres that ``--mpp`` accepts: from electron micrographs to thumbnails."""
 
 
 def open_slide(
@@ -75,8 +71,8 @@ def _override(path: str, mpp: Mpp | float | None, mpp_table: Path | None) -> Mpp
         pair = (float(mpp), float(mpp)) if isinstance(mpp, int | float) else (float(mpp[0]), float(mpp[1]))
         if not all(math.isfinite(value) and value > 0 for value in pair):
             raise ConfigError(f"--mpp {mpp}: a pixel size is a positive number of micrometres")
-        if not all(CONCEIVABLE[0] <= value <= CONCEIVABLE[1] for value in pair):
-            raise ConfigError(f"--mpp {mpp}: no slide has such a pixel size; give micrometres per pixel")
+        if not plausible(pair):
+            raise ConfigError(f"--mpp {mpp}: no slide has such a pixel size; give 0.02 to 20 µm per pixel")
         return MppClaim("--mpp", pair)
     if mpp_table is not None:
         table = read_mpp_table(mpp_table)
@@ -108,6 +104,8 @@ def _candidates(path: str) -> list[str]:
         return _folder_candidates(path, name, slide_id)
     if is_remote(path) and ".zarr" in name:
         return ["omezarr"]
+    if not is_remote(path) and os.path.exists(path) and not os.path.isfile(path):
+        raise UnsupportedSlideError(f"{path}: is no regular file", slide_id=slide_id)
     try:
         source = open_source(path)
         head = source.pread(0, 256)

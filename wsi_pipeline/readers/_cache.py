@@ -6,6 +6,7 @@ without end. Keys carry the slide's identity, so a slide that is opened again fi
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -13,7 +14,7 @@ from concurrent.futures import Future
 
 from wsi_pipeline.core.protocols import U8_HWC
 
-__all__ = ["TILE_CACHE", "TileCache"]
+__all__ = ["TILE_CACHE", "TileCache", "cache_token"]
 
 
 class TileCache:
@@ -81,6 +82,14 @@ class TileCache:
         with self._lock:
             self._entries.clear()
             self._bytes = 0
+
+
+_TOKENS = itertools.count()
+
+
+def cache_token() -> int:
+    """A number that no other open slide of this process has or had: the first part of a cache key."""
+    return next(_TOKENS)
 
 
 TILE_CACHE = TileCache(256 << 20)

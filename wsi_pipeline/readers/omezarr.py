@@ -22,7 +22,7 @@ from wsi_pipeline.core.geometry import Region, Size, ceil_div
 from wsi_pipeline.core.protocols import U8_HWC
 from wsi_pipeline.errors import CorruptRegionError, SlideError, UnsupportedSlideError
 from wsi_pipeline.readers._base import FOREIGN_ERRORS, Facts, Handle, LazySlide, NotThisReaderError, reason
-from wsi_pipeline.readers._cache import TILE_CACHE
+from wsi_pipeline.readers._cache import TILE_CACHE, cache_token
 from wsi_pipeline.readers._source import file_name, is_remote, remote_errors
 from wsi_pipeline.readers.mpp import MppClaim, mpp_from_length
 
@@ -31,6 +31,7 @@ __all__ = ["OmeZarrSlide"]
 _MIN_CELL = 256
 _MAX_CHUNK_BYTES = 1 << 30
 _SAMPLED_FILES = 64
+_SAMPLED_BYTES = 4096
 
 
 class OmeZarrSlide(LazySlide):
@@ -48,6 +49,7 @@ class OmeZarrSlide(LazySlide):
 
 class _OmeZarrHandle:
     def __init__(self, path: str, slide_id: str) -> None:
+        self._token = cache_token()
         self._name, self._slide_id = file_name(path), slide_id
         if self._name.endswith(".partial"):
             raise UnsupportedSlideError(
@@ -121,7 +123,7 @@ class _OmeZarrHandle:
         return pixels_HWC
 
     def _cell(self, level: int, frame: Region) -> U8_HWC:
-        key = (self.facts.identity, "omezarr", level, frame.y, frame.x)
+        key = (self._token, "omezarr", level, frame.y, frame.x)
         return TILE_CACHE.get(key, lambda: self._decode(level, frame))
 
     def _decode(self, level: int, frame: Region) -> U8_HWC:
@@ -184,7 +186,10 @@ def _claims(multiscale: Mapping[str, Any], axes: list[tuple[str, str]]) -> list[
 
 
 def _identity(path: str, attributes: Mapping[str, Any], arrays: list[Any]) -> str:
-    """Metadata of the group and its arrays, and sizes of sampled chunk files (local stores)."""
+    """Metadata of the group and its arrays, sampled chunk files, and, of our outputs, every checksum.
+
+    Of a remote store only the metadata count.
+    """
     digest = hashlib.sha256(json.dumps(attributes, sort_keys=True, default=str).encode())
     for array in arrays:
         digest.update(json.dumps(array.metadata.to_dict(), sort_keys=True, default=str).encode())
@@ -197,5 +202,11 @@ def _identity(path: str, attributes: Mapping[str, Any], arrays: list[Any]) -> st
         )
         digest.update(f"{len(names)}\n".encode())
         for name in names[:: max(len(names) // _SAMPLED_FILES, 1)]:
-            digest.update(f"{name}\0{os.stat(os.path.join(path, name)).st_size}\n".encode())
+            with open(os.path.join(path, name), "rb") as file:
+                digest.update(f"{name}\0{os.fstat(file.fileno()).st_size}\n".encode())
+                digest.update(file.read(_SAMPLED_BYTES))
+        ledger = os.path.join(path, "ledger", "ledger.jsonl")
+        if os.path.exists(ledger):
+            with open(ledger, "rb") as file:
+                digest.update(file.read())
     return digest.hexdigest()

@@ -30,7 +30,7 @@ from wsi_pipeline.readers._base import (
     composite,
     reason,
 )
-from wsi_pipeline.readers._cache import TILE_CACHE
+from wsi_pipeline.readers._cache import TILE_CACHE, cache_token
 from wsi_pipeline.readers._source import file_name, is_remote, open_source, sampled_digest
 from wsi_pipeline.readers.mpp import MppClaim, mpp_from_objective, mpp_from_resolution, parse_number
 
@@ -58,6 +58,7 @@ class OpenSlideSlide(LazySlide):
 
 class _OpenSlideHandle:
     def __init__(self, path: str, slide_id: str) -> None:
+        self._token = cache_token()
         name = file_name(path)
         if is_remote(path):
             raise NotThisReaderError(
@@ -118,7 +119,7 @@ class _OpenSlideHandle:
         return pixels_HWC
 
     def _cell(self, level: int, frame: Region) -> U8_HWC:
-        key = (self.facts.identity, "openslide", level, frame.y, frame.x)
+        key = (self._token, "openslide", level, frame.y, frame.x)
         return TILE_CACHE.get(key, lambda: self._read_native(level, frame))
 
     def _read_native(self, level: int, region: Region) -> U8_HWC:

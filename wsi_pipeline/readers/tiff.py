@@ -28,7 +28,7 @@ from wsi_pipeline.readers._base import (
     composite,
     reason,
 )
-from wsi_pipeline.readers._cache import TILE_CACHE
+from wsi_pipeline.readers._cache import TILE_CACHE, cache_token
 from wsi_pipeline.readers._source import (
     SourceReader,
     file_name,
@@ -60,6 +60,7 @@ class TiffSlide(LazySlide):
 
 class _TiffHandle:
     def __init__(self, path: str, slide_id: str) -> None:
+        self._token = cache_token()
         self._name, self._slide_id = file_name(path), slide_id
         try:
             self._source = open_source(path)
@@ -106,7 +107,7 @@ class _TiffHandle:
         page = self._levels[level]
         if page.counts[index] == 0 or page.offsets[index] == 0:
             return None
-        key = (self.facts.identity, "tiff", level, index)
+        key = (self._token, "tiff", level, index)
         return TILE_CACHE.get(key, lambda: self._decode(page, level, index, frame))
 
     def _decode(self, page: PageLevel, level: int, index: int, frame: Region) -> U8_HWC:

@@ -168,15 +168,14 @@ def verify(
     with Console(log_format) as console:
         result = api.verify(output, emit=console.emit)
         if not result.ok:
-            shown = ", ".join(f"level {lv} ({i.row}, {i.col})" for lv, i in result.damaged[:5])
             raise LedgerCorruptError(
-                f"{output}: {len(result.damaged)} of {result.blocks} blocks differ from the ledger "
-                f"({shown}); convert the slide again",
+                f"{output}: {len(result.damaged)} parts differ from what was written "
+                f"({', '.join(result.damaged[:5])}); convert the slide again",
                 path=output,
             )
         console.result(
             {"status": "intact", "path": str(output), "blocks": result.blocks},
-            f"{output}: all {result.blocks} blocks are as they were written",
+            f"{output}: every byte is as it was written",
         )
 
 

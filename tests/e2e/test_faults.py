@@ -65,12 +65,12 @@ READ_ONLY = """
 import os, sys
 from pathlib import Path
 from wsi_pipeline.errors import OutputError
-from wsi_pipeline.pipeline.convert import _exclusive
+from wsi_pipeline.pipeline.outputs import exclusive
 if os.getuid() == 0:  # root may write everywhere
     os.setgid(65534)
     os.setuid(65534)
 try:
-    with _exclusive(Path(sys.argv[1]), False):
+    with exclusive(Path(sys.argv[1]), Path(sys.argv[1] + '.partial'), False):
         print("written")
 except OutputError as error:
     print(error)
@@ -82,7 +82,7 @@ def test_a_read_only_folder(tmp_path: Path) -> None:
         folder.chmod(0o555)
     try:
         done = subprocess.run(
-            [sys.executable, "-c", READ_ONLY, str(tmp_path / "a.ome.zarr.partial")],
+            [sys.executable, "-c", READ_ONLY, str(tmp_path / "a.ome.zarr")],
             capture_output=True,
             text=True,
         )
@@ -172,10 +172,10 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path, name: str) -> None:
 
 
 def test_a_second_process_on_the_same_output_is_refused(tmp_path: Path) -> None:
-    from wsi_pipeline.pipeline.convert import _exclusive
+    from wsi_pipeline.pipeline.outputs import exclusive
 
     out = tmp_path / "a.ome.zarr"
-    busy = _exclusive(tmp_path / "a.ome.zarr.partial", False)
+    busy = exclusive(out, tmp_path / "a.ome.zarr.partial", False)
     with busy, pytest.raises(OutputError, match="another process"):
         convert(out, settings())
     convert(out, settings())
@@ -218,7 +218,7 @@ def test_verify_finds_every_kind_of_damage(tmp_path: Path) -> None:
     shard.write_bytes(data)
     (out / "1" / "c" / "0" / "1" / "0").unlink()
     damaged = verify_output(out).damaged
-    assert [(level, tuple(index)) for level, index in damaged] == [(0, (2, 1)), (1, (1, 0))]
+    assert damaged == ("level 0 block (2, 1)", "level 1 block (1, 0)")
 
 
 def test_verify_of_what_is_no_output(tmp_path: Path) -> None:

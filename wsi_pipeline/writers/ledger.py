@@ -89,9 +89,10 @@ def merge_ledgers(folder: Path, fingerprint: str, checksums: Mapping[BlockKey, i
             file.write(json.dumps(line).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+    finished = merged.replace(folder / "ledger.jsonl")
     for path in folder.glob("*.jsonl"):
-        path.unlink()
-    merged.replace(folder / "ledger.jsonl")
+        if path != finished:
+            path.unlink()
 
 
 def _whole_lines(path: Path) -> list[bytes]:
@@ -123,7 +124,7 @@ def _parse(path: Path, number: int, line: bytes) -> tuple[BlockKey, int]:
         entry = json.loads(line)
         key = (int(entry["level"]), BlockIndex(int(entry["row"]), int(entry["col"])))
         return key, int(entry["crc32c"], 16)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise LedgerCorruptError(
             f"{path}: line {number} is damaged; delete the partial output to start again", path=path
         ) from error

@@ -8,7 +8,7 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from wsi_pipeline._version import __version__
 from wsi_pipeline.core.plan import SlidePlan
@@ -85,8 +85,11 @@ def manifest(
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a finished output; raises IncompleteOutputError where there is none."""
     try:
-        return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(document, dict):
+            raise ValueError("no JSON object")
+        return document
+    except (OSError, ValueError, RecursionError) as error:
         raise IncompleteOutputError(
             f"{path.parent}: has no readable {path.name}; it is no finished output of this program",
             path=path.parent,

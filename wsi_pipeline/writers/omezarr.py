@@ -176,7 +176,7 @@ class OmeZarrWriter:
             self._group(
                 "", image_attributes(name, self._mpp, levels, version, self._config.translation, extra)
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise _failed(self.root, error) from error
 
     def _write_labels(self, tissue_HW: npt.NDArray[np.bool_]) -> None:

@@ -5,6 +5,7 @@ Only typer is imported at the top, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -125,9 +126,7 @@ def convert(
     from wsi_pipeline import api
     from wsi_pipeline.console import Console
 
-    extra = [f"output.background={background}"] if background else []
-    extra += [f"run.workers={workers}"] if workers is not None else []
-    resolved = _configured(config, [*extra, *(settings or [])], mpp, generator, roi, mask)
+    resolved = _configured(config, settings, mpp, generator, roi, mask, background, workers)
     with Console(log_format) as console:
         result = api.convert(
             slide, out, resolved, overwrite=overwrite, restart=restart, seams=seams, emit=console.emit
@@ -210,6 +209,8 @@ def _configured(
     generator: str | None,
     roi: str | None,
     mask: str | None,
+    background: str | None = None,
+    workers: int | None = None,
 ) -> ConvertConfig:
     """The configuration with the named options laid over it; ``--set`` has the last word."""
     from wsi_pipeline.config import load_config
@@ -219,13 +220,11 @@ def _configured(
         "generator.name": generator,
         "input.roi": roi,
         "input.mask": mask,
+        "output.background": background,
+        "run.workers": workers,
     }
-    overrides = [
-        f"{key}='{value}'" if isinstance(value, str) else f"{key}={value}"
-        for key, value in named.items()
-        if value is not None
-    ]
-    return load_config(path, [*overrides, *(settings or [])])
+    given = {key: value for key, value in named.items() if value is not None}
+    return load_config(path, settings or [], given)
 
 
 def main() -> None:
@@ -235,13 +234,20 @@ def main() -> None:
     """
     from wsi_pipeline.errors import WsiPipelineError
 
+    # A scheduler's "terminate" is as orderly as Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except WsiPipelineError as error:
         from wsi_pipeline.console import show_error
 
-        show_error(error, json_lines="json" in sys.argv)
+        show_error(error, json_lines=_wants_json(sys.argv))
         sys.exit(error.exit_code)
+
+
+def _wants_json(arguments: list[str]) -> bool:
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    return "--log-format=json" in arguments or ("--log-format", "json") in pairs
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ A key that does not exist is reported by its path; a manifest's ``config`` is it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_origin, get_type_hints
 
 import pydantic
@@ -19,12 +20,19 @@ from wsi_pipeline.pipeline.settings import ConvertConfig
 __all__ = ["load_config", "to_yaml"]
 
 
-def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> ConvertConfig:
-    """Read a YAML (or JSON) file and apply ``dotted.key=value`` overrides, values in YAML syntax.
+def load_config(
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    named: Mapping[str, Any] = MappingProxyType({}),
+) -> ConvertConfig:
+    """Read a YAML (or JSON) file, lay ``named`` values (by dotted key) over it, then the overrides.
 
-    A manifest is accepted too: its ``config`` is used. Raises ConfigError naming the key.
+    ``overrides`` are ``dotted.key=value``, the value in YAML syntax; they have the last word. A manifest
+    is accepted too: its ``config`` is used. Raises ConfigError naming the key.
     """
     values = _read(path) if path is not None else {}
+    for key, value in named.items():
+        _assign(values, key, value)
     for override in overrides:
         _apply(values, override)
     where = f"{path}: " if path is not None else ""
@@ -66,11 +74,15 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: the value is not YAML") from error
-    *parents, last = key.strip().split(".")
+    _assign(values, key.strip(), value)
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
-            raise ConfigError(f"--set {override}: {parent} holds no settings")
+            raise ConfigError(f"{key}: {parent} holds no settings")
     values[last] = value
 
 

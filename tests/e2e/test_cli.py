@@ -186,6 +186,34 @@ def test_a_mask_beside_the_slide_is_an_error(data_dir: Path, tmp_path: Path) -> 
     assert "no area lies on the slide" in line
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_its_parent(tmp_path: Path, how: signal.Signals) -> None:
+    import psutil
+
+    slide, out = tmp_path / "slide.ome.tif", tmp_path / "out.ome.zarr"
+    subprocess.run(
+        [sys.executable, str(SCRIPTS / "make_slide.py"), str(slide), "--size", "12000", "12000"], check=True
+    )
+    command = [*CLI, "convert", str(slide), "-o", str(out), "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(tmp_path.glob("out.ome.zarr.partial/ledger/band*"))) < 2:
+        time.sleep(0.005)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    process.send_signal(how)
+    process.wait(timeout=60)
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    assert not out.exists()
+
+
+def test_a_file_name_with_a_quote(data_dir: Path, tmp_path: Path) -> None:
+    slide = data_dir / "slides" / "CMU-1-Small-Region.svs"
+    assert run("plan", slide, "--geojson", "o'brien.geojson", cwd=tmp_path).returncode == 0
+    done = run("plan", slide, "--mask", "o'brien.geojson", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_version() -> None:
     assert run("--version").stdout.strip() == "0.1.0"
 

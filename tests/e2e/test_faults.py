@@ -27,7 +27,7 @@ from wsi_pipeline.errors import (
     OutputExistsError,
     UnsupportedSlideError,
 )
-from wsi_pipeline.pipeline.convert import convert_slide
+from wsi_pipeline.pipeline.convert import convert_slide, export_slide
 from wsi_pipeline.pipeline.settings import GeneratorConfig
 from wsi_pipeline.pipeline.verify import verify_output
 from wsi_pipeline.readers import open_slide
@@ -260,3 +260,123 @@ def test_the_manifest_tells_where_the_output_comes_from(tmp_path: Path) -> None:
     assert manifest["slide"]["mpp_origin"] == "synthetic"
     assert manifest["run"]["tiles"] == result.tiles
     assert str(tmp_path) not in json.dumps(manifest), "no local path leaves the machine"
+
+
+def test_restart_does_not_touch_what_a_live_run_is_writing(tmp_path: Path) -> None:
+    from wsi_pipeline.pipeline.outputs import exclusive
+
+    out, partial = tmp_path / "a.ome.zarr", tmp_path / "a.ome.zarr.partial"
+    with exclusive(out, partial, False):
+        (partial / "block").write_text("being written")
+        with pytest.raises(OutputError, match="another process"):
+            convert_slide(SLIDE, out, settings(), restart=True)
+        assert (partial / "block").exists()
+
+
+def test_a_block_that_vanishes_while_the_run_goes_on_is_never_certified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wsi_pipeline.pipeline import store
+
+    checksums = store._checksums
+
+    def lose_one(writer: Any, plan: Any) -> Any:
+        (writer.root / "0" / "c" / "0" / "2" / "2").unlink()
+        return checksums(writer, plan)
+
+    monkeypatch.setattr(store, "_checksums", lose_one)
+    with pytest.raises(IncompleteOutputError, match="1 blocks changed"):
+        convert(tmp_path / "a.ome.zarr", settings())
+    assert not (tmp_path / "a.ome.zarr").exists()
+    monkeypatch.undo()
+    assert convert(tmp_path / "a.ome.zarr", settings()).blocks == 1
+
+
+def test_overwrite_spares_the_slide_and_whatever_is_not_ours(tmp_path: Path) -> None:
+    slide_path = tmp_path / "slide.ome.tif"
+    export_ometiff(SyntheticSlide(size=Size(1500, 1500)), slide_path, TiffConfig())
+    before = slide_path.read_bytes()
+    foreign = tmp_path / "data.zarr"
+    foreign.mkdir()
+    (foreign / "precious").write_text("x")
+    link = tmp_path / "link.ome.zarr"
+    link.symlink_to(tmp_path / "nowhere")
+    slide = open_slide(slide_path)
+    for target in (slide_path, foreign, link):
+        with pytest.raises(OutputExistsError):
+            convert_slide(slide, target, settings(), overwrite=True)
+    assert slide_path.read_bytes() == before
+    assert (foreign / "precious").read_text() == "x"
+
+
+def test_a_killed_export_does_not_lose_the_conversion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wsi_pipeline.pipeline import convert as story
+
+    def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(story, "export_ometiff", die)
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "a.ome.tif", settings())
+    monkeypatch.undo()
+    assert not (tmp_path / "a.ome.tif").exists()
+    result = convert(tmp_path / "a.ome.tif", settings())
+    assert (result.blocks, result.resumed) == (0, 40)
+    assert verify_output(tmp_path / "a.ome.tif").ok
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.ome.tif", "a.ome.tif.manifest.json"]
+
+
+def test_verify_sees_what_no_ledger_line_covers(tmp_path: Path) -> None:
+    out = tmp_path / "a.ome.zarr"
+    convert(out, settings())
+    (out / "0" / "zarr.json").write_text("{}")
+    shutil.rmtree(out / "labels" / "tissue" / "0")
+    damaged = verify_output(out).damaged
+    assert "0/zarr.json" in damaged
+    assert any(name.startswith("labels/tissue/0/") for name in damaged)
+    with pytest.raises(IncompleteOutputError, match="damaged"):
+        export_slide(out, tmp_path / "a.ome.tif", settings())
+    ledger = out / "ledger" / "ledger.jsonl"
+    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-1]))
+    with pytest.raises(IncompleteOutputError, match="39 of 40"):
+        verify_output(out)
+
+
+def test_two_outputs_of_one_slide_are_two_slides(tmp_path: Path) -> None:
+    convert(tmp_path / "a.ome.zarr", settings())
+    convert(tmp_path / "b.ome.zarr", settings(generator="identity"))
+    first, second = open_slide(tmp_path / "a.ome.zarr"), open_slide(tmp_path / "b.ome.zarr")
+    assert first.identity != second.identity
+    region = Region(2000, 1500, 400, 400)
+    assert (first.read_level(0, region) != second.read_level(0, region)).any()
+
+
+def test_an_anisotropic_slide_may_be_all_tissue(tmp_path: Path) -> None:
+    slide = SyntheticSlide(size=Size(1500, 1700), mpp=(0.5, 1.0))
+    config = settings(generator="identity")
+    config = replace(config, input=replace(config.input, mask="whole"))
+    assert convert_slide(slide, tmp_path / "a.ome.zarr", config).status == "converted"
+    assert open_slide(tmp_path / "a.ome.zarr").mpp == (0.5, 1.0)
+
+
+@pytest.mark.parametrize("mpp", [0.0, -1.0, float("nan"), 1e9, 1000.0, 0.001])
+def test_a_working_resolution_that_makes_no_sense(tmp_path: Path, mpp: float) -> None:
+    config = settings()
+    config = replace(config, tiling=replace(config.tiling, mpp=mpp))
+    with pytest.raises(ConfigError, match=r"tiling\.mpp"):
+        convert(tmp_path / "a.ome.zarr", config)
+
+
+def test_a_qc_picture_that_cannot_be_written_fails_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.ome.zarr.qc.png.partial").mkdir()
+    config = settings()
+    config = replace(config, output=replace(config.output, qc=True))
+    notices: list[object] = []
+    result = convert_slide(SLIDE, tmp_path / "a.ome.zarr", config, emit=notices.append)
+    assert result.status == "converted"
+    assert result.qc is None
+    assert any("no QC picture" in str(notice) for notice in notices)

@@ -44,7 +44,7 @@ def check_target(out: Path, overwrite: bool, slide: Slide | None = None) -> None
     if not os.path.lexists(out):
         return
     source = getattr(slide, "path", None)
-    if source is not None and os.path.exists(source) and os.path.samefile(source, out):
+    if source is not None and os.path.realpath(source) == os.path.realpath(out):
         raise OutputExistsError(f"{out}: is the slide itself; choose another name", path=out)
     if not overwrite:
         raise OutputExistsError(f"{out}: exists already; choose another name or use --overwrite", path=out)

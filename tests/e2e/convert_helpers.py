@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from pathlib import Path
 
 from wsi_pipeline.core.geometry import Size
@@ -53,7 +52,3 @@ def digests(store: Path) -> dict[str, str]:
         for path in sorted(store.rglob("*"))
         if path.is_file() and path.parts[len(store.parts)] not in ("ledger",) and "." not in path.name
     }
-
-
-def with_run(config: ConvertConfig, run: ExecutionConfig) -> ConvertConfig:
-    return replace(config, run=run)

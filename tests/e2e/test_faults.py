@@ -380,3 +380,16 @@ def test_a_qc_picture_that_cannot_be_written_fails_nothing(
     assert result.status == "converted"
     assert result.qc is None
     assert any("no QC picture" in str(notice) for notice in notices)
+
+
+def test_seam_figures_reach_the_manifest_with_a_verdict(tmp_path: Path) -> None:
+    from wsi_pipeline import convert as public_convert
+
+    result = public_convert(SLIDE, tmp_path / "a.ome.zarr", settings(), seams=True)
+    seams = json.loads((tmp_path / "a.ome.zarr" / "manifest.json").read_text())["run"]["seams"]
+    assert {"border_gradient", "line_excess", "sharpness", "grid_shift", "roi_equality"} <= set(seams)
+    assert seams["roi_equality"]["pass"] is True
+    assert seams["grid_shift"]["largest"] == 0
+    assert result.figures is not None
+    assert result.figures["seams"]["pass"] is True, "a pointwise generator leaves no trace of the grid"
+    assert verify_output(tmp_path / "a.ome.zarr").ok, "the figures are added without touching what is hashed"

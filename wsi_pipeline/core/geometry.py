@@ -88,14 +88,6 @@ class Region:
             return None
         return Region(y, x, bottom - y, right - x)
 
-    def contains(self, other: Region) -> bool:
-        return (
-            self.y <= other.y
-            and self.x <= other.x
-            and other.bottom <= self.bottom
-            and other.right <= self.right
-        )
-
     def shifted(self, dy: int, dx: int) -> Region:
         return Region(self.y + dy, self.x + dx, self.height, self.width)
 

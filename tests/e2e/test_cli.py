@@ -248,3 +248,40 @@ def test_ctrl_c_leaves_a_resumable_output(tmp_path: Path, workers: str) -> None:
     again = subprocess.run([*command, "--log-format", "json"], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout.splitlines()[-1])["resumed"] >= 6
+
+
+def test_odd_inputs_get_one_line(data_dir: Path, tmp_path: Path) -> None:
+    slide = data_dir / "slides" / "CMU-1-Small-Region.svs"
+    os.mkfifo(tmp_path / "pipe.svs")
+    assert "no regular file" in assert_one_line_error(run("plan", tmp_path / "pipe.svs", cwd=tmp_path), 3)
+    (tmp_path / "deep.geojson").write_text("[" * 100_000)
+    line = assert_one_line_error(run("plan", slide, "--mask", tmp_path / "deep.geojson", cwd=tmp_path), 2)
+    assert "deep.geojson" in line
+    for roi in ("0,0,5", "9000,9000,5,5", "a,b,c,d"):
+        assert "input.roi" in assert_one_line_error(run("plan", slide, "--roi", roi, cwd=tmp_path), 2)
+    assert run("plan", slide, "--roi", f"0,0,{'9' * 300},5", cwd=tmp_path).returncode == 0
+
+
+def test_a_region_without_tissue_is_a_result(data_dir: Path, tmp_path: Path) -> None:
+    slide = data_dir / "slides" / "CMU-1-Small-Region.svs"
+    arguments = [
+        "--roi",
+        "0,0,60,60",
+        "--set",
+        "output.zarr.block=1024",
+        "--set",
+        "generator.options.tile=128",
+    ]
+    done = run("convert", slide, "-o", tmp_path / "a.ome.zarr", "--background", "white", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_tiny_region_at_a_coarse_resolution(data_dir: Path, tmp_path: Path) -> None:
+    slide = data_dir / "slides" / "CMU-1-Small-Region.svs"
+    ring = [[1000, 1500], [1040, 1500], [1040, 1540], [1000, 1540], [1000, 1500]]
+    document = {"type": "Feature", "properties": {}, "geometry": {"type": "Polygon", "coordinates": [ring]}}
+    (tmp_path / "roi.geojson").write_text(json.dumps(document))
+    arguments = ["--roi", tmp_path / "roi.geojson", "--set", "tiling.mpp=8"]
+    done = run("convert", slide, "-o", tmp_path / "a.ome.zarr", *arguments)
+    assert done.returncode == 0, done.stderr

@@ -164,7 +164,10 @@ def _read_geojson(path: str, slide: Slide, mpp: Mpp) -> TissueMask:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     if document.get("features", True) and not mask.mask_HW.any():
-        raise ConfigError(f"{path}: no area lies on the slide; coordinates are (x, y) in level-0 pixels")
+        raise ConfigError(
+            f"{path}: no area lies on the slide, or none larger than {mpp[0]:.3g} µm; coordinates are "
+            "(x, y) in level-0 pixels"
+        )
     return mask
 
 

@@ -146,7 +146,7 @@ def show_plan(result: PlanResult, log_format: str) -> None:
         ("excluded", f"{excluded} mm²" if excluded else "nothing"),
         ("generator", f"{plan.generator.kind}, {cost.tiles} tiles of {plan.grid.tile} px"),
         ("output", f"{cost.blocks} blocks, about {cost.size_bytes / 1e6:.0f} MB as OME-Zarr"),
-        ("disk", f"{(cost.free_bytes or 0) / 1e9:.1f} GB free here"),
+        ("disk", f"{cost.free_bytes / 1e9:.1f} GB free here"),
         ("time", f"about {_duration(cost.seconds)}"),
         ("overlay", str(result.overlay)),
         *([("outline", str(result.geojson))] if result.geojson else []),

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from wsi_pipeline.core.geometry import BlockIndex, Mpp, Region, TileIndex, ceil_div
 from wsi_pipeline.core.grid import TileGrid
 from wsi_pipeline.core.protocols import Context, GeneratorSpec, Tile
-from wsi_pipeline.core.pyramid import PyramidShape, morton
+from wsi_pipeline.core.pyramid import BlockKey, PyramidShape, morton
 
 __all__ = ["Background", "Band", "SlidePlan"]
 
@@ -73,6 +73,11 @@ class SlidePlan:
         first, stop = band if band is not None else (0, rows)
         inside = (BlockIndex(row, col) for row in range(first, stop) for col in range(cols))
         return frozenset(index for index in inside if self._wanted(index))
+
+    def block_keys(self, band: Band | None = None) -> list[BlockKey]:
+        """Level and index of every block of every level that the level-0 blocks of ``blocks(band)`` make."""
+        levels = self.shape.planned(self.blocks(band))
+        return [(level, index) for level, indices in enumerate(levels) for index in indices]
 
     def _wanted(self, index: BlockIndex) -> bool:
         region = self.shape.region(0, index)

@@ -31,22 +31,20 @@ WRITE_MPIX_PER_SECOND = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """``blocks`` counts all levels; ``size_bytes`` is the OME-Zarr; ``free_bytes`` is None where unknown."""
+    """``blocks`` counts all levels; ``size_bytes`` is the OME-Zarr; ``free_bytes`` is of this folder."""
 
     tiles: int
     blocks: int
     size_bytes: int
     seconds: float
-    free_bytes: int | None
+    free_bytes: int
 
 
-def estimate(slide: Slide, found: Survey, config: ConvertConfig, out: Path | None = None) -> Estimate:
+def estimate(slide: Slide, found: Survey, config: ConvertConfig) -> Estimate:
     """Predict blocks, bytes and wall time of a conversion from a sample of its tiles."""
     plan = found.plan
-    levels = plan.shape.planned(plan.blocks())
-    pixels = sum(
-        plan.shape.region(level, index).area for level, indices in enumerate(levels) for index in indices
-    )
+    keys = plan.block_keys()
+    pixels = sum(plan.shape.region(level, index).area for level, index in keys)
     tiles = plan.tiles_for(plan.blocks())
     view = SlideView(slide, plan.mpp, icc=config.input.icc)
     generator = make_generator(config.generator.name, config.generator.options)
@@ -59,10 +57,10 @@ def estimate(slide: Slide, found: Survey, config: ConvertConfig, out: Path | Non
     seconds = (len(tiles) * per_tile + pixels / (WRITE_MPIX_PER_SECOND * 1e6)) / lanes
     return Estimate(
         tiles=len(tiles),
-        blocks=sum(len(indices) for indices in levels),
+        blocks=len(keys),
         size_bytes=int(tissue * tissue_bytes + (pixels - tissue) * glass_bytes),
         seconds=seconds,
-        free_bytes=_free(out),
+        free_bytes=shutil.disk_usage(Path.cwd()).free,
     )
 
 
@@ -87,13 +85,3 @@ def _sample(
     raw = generated.transpose(0, 3, 1, 2).tobytes()
     packed = imagecodecs.blosc_encode(raw, level=config.output.zarr.level, compressor="zstd", shuffle=2)
     return seconds, len(packed) / (len(raw) / 3)
-
-
-def _free(out: Path | None) -> int | None:
-    folder = (out or Path.cwd()).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return None

@@ -13,7 +13,7 @@ from wsi_pipeline.core.annotations import mask_to_geojson
 from wsi_pipeline.core.geometry import Mpp, Region
 from wsi_pipeline.core.overlay import draw_overlay
 from wsi_pipeline.core.protocols import U8_HW, U8_HWC, Slide
-from wsi_pipeline.errors import OutputError
+from wsi_pipeline.pipeline.outputs import mapped, sidecar
 from wsi_pipeline.pipeline.planning import Survey
 from wsi_pipeline.readers.lattice import IccMode, SlideView
 from wsi_pipeline.writers.manifest import SYNTHETIC
@@ -65,12 +65,10 @@ def write_overlay(found: Survey, path: Path) -> None:
 
 def write_geojson(found: Survey, slide_mpp: Mpp, path: Path) -> None:
     """The tissue outline in level-0 pixels, to be corrected by hand and given back as a mask."""
-    fresh = path.with_name(path.name + ".partial")
-    try:
+    fresh = sidecar(path, ".partial")
+    with mapped(path):
         fresh.write_text(json.dumps(mask_to_geojson(found.tissue.tissue, slide_mpp)), encoding="utf-8")
         fresh.replace(path)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
 
 
 def _panel(slide: Slide, mpp: Mpp, icc: IccMode) -> U8_HWC:
@@ -133,15 +131,7 @@ def _scale_bar(draw: ImageDraw.ImageDraw, y: int, mpp_x: float, font: Font) -> N
 
 
 def _save(sheet: Image.Image, path: Path) -> None:
-    fresh = path.with_name(path.name + ".partial")
-    try:
+    fresh = sidecar(path, ".partial")
+    with mapped(path):
         sheet.save(fresh, format="PNG")
         fresh.replace(path)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-
-
-def _cannot_write(path: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"{path}: cannot be written ({error.strerror}); check permissions and space", path=path
-    )

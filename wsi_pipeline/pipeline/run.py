@@ -136,8 +136,7 @@ def background_reader(plan: SlidePlan, view: View, generator: Generator) -> Call
 
 
 def _blocks_to_write(job: Job) -> int:
-    levels = job.plan.shape.planned(job.plan.blocks(job.band))
-    return sum((level, index) not in job.done for level, blocks in enumerate(levels) for index in blocks)
+    return sum(key not in job.done for key in job.plan.block_keys(job.band))
 
 
 def _generated(

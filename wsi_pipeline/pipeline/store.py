@@ -102,8 +102,7 @@ def _make_blocks(
     """Commit every block that is missing; returns (made, found finished, tiles generated)."""
     plan, ledgers = found.plan, writer.root / LEDGERS
     done = _still_valid(writer, plan, emit)
-    planned = plan.shape.planned(plan.blocks())
-    total = sum(len(indices) for indices in planned) - len(done)
+    total = len(plan.block_keys()) - len(done)
     emit(Planned(slide_id=plan.slide_id, tiles=plan.tile_count, blocks=total + len(done), resumed=len(done)))
     bands = plan.bands(config.run.workers) if config.run.workers > 1 else (None,)
     jobs = [
@@ -134,7 +133,7 @@ def _make_blocks(
 def _still_valid(writer: OmeZarrWriter, plan: SlidePlan, emit: Emit) -> frozenset[BlockKey]:
     """Blocks whose bytes on disk have a recorded checksum; the others are made again."""
     records = read_ledgers(writer.root / LEDGERS, plan.fingerprint)
-    if foreign := set(records) - set(_planned(plan)):
+    if foreign := set(records) - set(plan.block_keys()):
         raise LedgerCorruptError(
             f"{writer.root}: the ledger names a block that the plan lacks ({min(foreign)}); use --restart",
             path=writer.root,
@@ -145,16 +144,10 @@ def _still_valid(writer: OmeZarrWriter, plan: SlidePlan, emit: Emit) -> frozense
     return valid
 
 
-def _planned(plan: SlidePlan) -> list[BlockKey]:
-    """Every block of every level that the output has."""
-    levels = plan.shape.planned(plan.blocks())
-    return [(level, index) for level, indices in enumerate(levels) for index in indices]
-
-
 def _checksums(writer: OmeZarrWriter, plan: SlidePlan) -> dict[BlockKey, int]:
     """What is on disk, held against what was recorded: nothing unrecorded may be finished."""
     records = read_ledgers(writer.root / LEDGERS, plan.fingerprint)
-    found = {key: writer.checksum(*key) for key in _planned(plan)}
+    found = {key: writer.checksum(*key) for key in plan.block_keys()}
     changed = [key for key, checksum in found.items() if checksum not in records.get(key, set())]
     if changed:
         level, index = changed[0]

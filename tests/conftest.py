@@ -17,3 +17,17 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"no real test data at {path}; set WSI_PIPELINE_TEST_DATA")
     return path
+
+
+def parity_folders(variable: str, default: str) -> list[Path]:
+    """Every fixture set: the sub-folders of the folder that ``variable`` names; none where it is absent."""
+    root = Path(os.environ.get(variable, ROOT.parent / "shared" / default))
+    return sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes ``parity_set`` runs once for each set, and is skipped where there is none."""
+    if "parity_set" in metafunc.fixturenames:
+        folders = parity_folders("WSI_PIPELINE_PARITY", "parity")
+        none = pytest.param(None, marks=pytest.mark.skip("no fixture sets; set WSI_PIPELINE_PARITY"))
+        metafunc.parametrize("parity_set", folders or [none], ids=lambda path: path and path.name)

@@ -89,7 +89,7 @@ def convert(
         generator = make_generator(config.generator.name, config.generator.options)
         before = SlideView(source, found.plan.mpp, icc=config.input.icc)
         after = SlideView(output, found.plan.mpp, icc="ignore")
-        return seam_figures(before, after, found.plan, generator)
+        return seam_figures(before, after, found.plan, generator, cell=found.plan.generator.cell)
 
     try:
         return convert_slide(

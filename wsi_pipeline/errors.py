@@ -8,7 +8,7 @@
         MppConflictError            two sources state different pixel sizes
         CorruptRegionError          the file opens, but these pixels cannot be decoded
       GeneratorError                exit 4
-        CheckpointError             weights that are missing, damaged or of another shape
+        CheckpointError             weights that are missing, damaged or of another shape; exit 2
         GeneratorContractError      a generator returned something else than it promised
       OutputError                   exit 5
         OutputExistsError           the output is there already and is never overwritten unasked
@@ -108,7 +108,9 @@ class GeneratorError(WsiPipelineError):
 
 
 class CheckpointError(GeneratorError):
-    """Weights that are missing, damaged, or of another architecture."""
+    """Weights that are missing, damaged, or of another architecture; nothing was started."""
+
+    exit_code = 2
 
 
 class GeneratorContractError(GeneratorError):

@@ -26,7 +26,7 @@ def tiles_of(generator: Generator, count: int) -> tuple[Tile, ...]:
 
 def batch_of(generator: Generator, pixels_BHWC: np.ndarray, used: int | None = None) -> TileBatch:
     count = len(pixels_BHWC) if used is None else used
-    return TileBatch(tiles=tiles_of(generator, count), pixels_BHWC=pixels_BHWC, seed=7)
+    return TileBatch(tiles=tiles_of(generator, count), pixels_BHWC=pixels_BHWC, noise_key=7)
 
 
 def stained(side: int, count: int, seed: int = 0) -> np.ndarray:
@@ -58,6 +58,10 @@ class GeneratorContract:
         spec = generator.spec
         assert spec.tile > 2 * spec.halo >= 0
         assert spec.align >= 1
+        stride = spec.tile - 2 * spec.halo - spec.overlap
+        assert spec.overlap >= 0
+        assert stride > 0 and stride % spec.align == 0, "its own overlap fits"
+        assert spec.cell is None or 0 < spec.cell < spec.tile
         assert spec.batch >= 1
         assert spec.stain in ("h&e", "any")
         assert spec.mpp is None or all(step > 0 for step in spec.mpp)

@@ -143,7 +143,7 @@ class NoGenerator:
         ("stain_transfer", {"tile": 0}, ">= 1"),
         ("identity", {"batch": 0}, ">= 1"),
         ("identity", {"strength": 1.0}, "unknown option strength; valid options: batch, tile"),
-        ("stain-transfer", {}, "no such generator; choose identity, stain_transfer"),
+        ("stain-transfer", {}, "no such generator; choose identity, lora_turbo, stain_transfer"),
         ("no_such_package.gan:Gan", {}, "cannot be imported.*install"),
         ("wsi_pipeline.generators.identity:Gan", {}, "has no class Gan"),
         ("pathlib:Path", {}, "must be a dataclass"),
@@ -166,6 +166,7 @@ def test_specs_are_as_documented() -> None:
         spec = make_generator(name, {}).spec
         shape = (spec.kind, spec.tile, spec.halo, spec.align, spec.batch, spec.exact, spec.stain, spec.mpp)
         assert shape == (name, 1088, 0, 1, 4, True, stain, None)
+        assert (spec.overlap, spec.cell) == (64, None)
 
 
 def test_descriptions_name_every_member_and_its_defaults() -> None:

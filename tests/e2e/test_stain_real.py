@@ -176,7 +176,7 @@ def test_full_resolution_output_has_the_palettes_colours(
     context = generator.prepare(thumbnail, tissue, (mpp * factor, mpp * factor))
     assert context["source"]["fallback"] == ""
     fine = np.ascontiguousarray(pixels[::3, ::3])
-    mapped = generator(TileBatch(tiles=(), pixels_BHWC=fine[None], seed=0), context)[0]
+    mapped = generator(TileBatch(tiles=(), pixels_BHWC=fine[None], noise_key=0), context)[0]
 
     palette = load_palette(None).at((0.516, 0.516))
     rows, cols = (np.arange(0, n, 3) // factor for n in pixels.shape[:2])
@@ -197,7 +197,7 @@ def test_no_posterisation_and_no_clipping_on_a_frozen_section(data_dir: Path) ->
     tile = read(data_dir / "ff/monuseg/TCGA-AY-A8YK-01A-01-TS1.tif")  # the darkest of the frozen tiles
     generator = make_generator("stain_transfer", {})
     context = generator.prepare(tile, np.ones(tile.shape[:2], bool), (0.25, 0.25))
-    mapped = generator(TileBatch(tiles=(), pixels_BHWC=tile[None], seed=0), context)[0]
+    mapped = generator(TileBatch(tiles=(), pixels_BHWC=tile[None], noise_key=0), context)[0]
     for channel in range(3):
         before, after = (len(np.unique(image[..., channel])) for image in (tile, mapped))
         assert after > 0.75 * before

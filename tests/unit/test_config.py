@@ -26,6 +26,7 @@ def test_overrides_are_typed_and_win(tmp_path: Path) -> None:
     path.write_text("tiling: {overlap: 32}\ngenerator: {name: identity}\n")
     config = load_config(path, ["tiling.overlap=96", "output.zarr.ngff=0.4", "input.mpp=0.25"])
     assert config.tiling.overlap == 96
+    assert load_config(path, ["tiling.overlap=null"]).tiling.overlap is None
     assert config.generator.name == "identity"
     assert config.output.zarr.ngff == "0.4"
     assert config.input.mpp == 0.25

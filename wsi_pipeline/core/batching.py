@@ -17,15 +17,15 @@ def groups(tiles: Sequence[Tile], batch: int) -> Iterator[tuple[Tile, ...]]:
         yield tuple(tiles[start : start + batch])
 
 
-def read_batch(view: View, tiles: tuple[Tile, ...], batch: int, seed: int) -> TileBatch:
+def read_batch(view: View, tiles: tuple[Tile, ...], batch: int, noise_key: int) -> TileBatch:
     """Read a group; the tail is padded by repeating its last tile, so that B never changes.
 
     Why: a matrix product over 3 rows gives other bits than the same rows among 64; a constant batch
-    shape keeps results independent of where the slide ends.
+    shape keeps results independent of where the slide ends. ``noise_key`` is the plan's.
     """
     side = tiles[0].read.height
     pixels = np.empty((batch, side, side, 3), np.uint8)
     for i, tile in enumerate(tiles):
         pixels[i] = view.read(tile.read)
     pixels[len(tiles) :] = pixels[len(tiles) - 1]
-    return TileBatch(tiles=tiles, pixels_BHWC=pixels, seed=seed)
+    return TileBatch(tiles=tiles, pixels_BHWC=pixels, noise_key=noise_key)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from wsi_pipeline.core.geometry import BlockIndex, Mpp, Region, TileIndex, ceil_div
 from wsi_pipeline.core.grid import TileGrid
+from wsi_pipeline.core.noise import noise_key
 from wsi_pipeline.core.protocols import Context, GeneratorSpec, Tile
 from wsi_pipeline.core.pyramid import BlockKey, PyramidShape, morton
 
@@ -57,6 +58,11 @@ class SlidePlan:
     @property
     def shape(self) -> PyramidShape:
         return PyramidShape(self.grid.size, self.block)
+
+    @property
+    def noise_key(self) -> int:
+        """Key of this slide's noise: the content of the file and the seed decide it, its name does not."""
+        return noise_key(self.seed, self.identity)
 
     @property
     def tile_count(self) -> int:
@@ -120,8 +126,10 @@ class SlidePlan:
     def fingerprint(self) -> str:
         """Digest of all that decides the bytes; outputs mix only if it is equal."""
         plan = self.to_json()
-        # How many tiles go through the generator at once, and what the file is called, decide no byte.
-        del plan["generator"]["batch"], plan["slide_id"], plan["mpp_origin"]
+        # What the file is called, and these wishes of a generator, decide no byte (the grid does).
+        del plan["slide_id"], plan["mpp_origin"]
+        for wish in ("batch", "overlap", "cell"):
+            del plan["generator"][wish]
         return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:

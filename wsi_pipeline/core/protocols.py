@@ -125,12 +125,13 @@ class Tile:
 class TileBatch:
     """Tiles with their pixels. ``pixels_BHWC`` has a constant B; the tail repeats its last tile.
 
-    ``tiles`` may be shorter than B: only the first ``len(tiles)`` results count.
+    ``tiles`` may be shorter than B: only the first ``len(tiles)`` results count. ``noise_key``: for
+    ``core.noise.lattice_normal``; one number for the whole slide, another for each slide and seed.
     """
 
     tiles: tuple[Tile, ...]
     pixels_BHWC: U8_BHWC
-    seed: int
+    noise_key: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +142,10 @@ class GeneratorSpec:
     ``align``: the tile stride must be a multiple of it; ``mpp``: resolution that it was made for
     ((y, x), None = the slide's own); ``batch``: constant batch size; ``digest``: identifies code,
     options and weights; ``exact``: results are bit-identical whatever else is in the batch;
-    ``stain``: ``"h&e"`` or ``"any"``, the staining that it accepts.
+    ``stain``: ``"h&e"`` or ``"any"``, the staining that it accepts; ``overlap``: pixels that it asks
+    neighbouring tiles to blend over, unless the user says otherwise; ``cell``: side of the cells into
+    which it cuts a tile internally, from the tile's corner (None: it does not), where seam figures
+    look for lines too.
     """
 
     kind: str
@@ -153,6 +157,8 @@ class GeneratorSpec:
     digest: str
     exact: bool
     stain: str = "h&e"
+    overlap: int = 64
+    cell: int | None = None
 
 
 @runtime_checkable

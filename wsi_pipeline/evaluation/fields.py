@@ -66,7 +66,7 @@ def render_field(
     background: Background = "matched",
     taper: Taper = "sin2",
     shift: tuple[int, int] = (0, 0),
-    seed: int = 0,
+    noise_key: int = 0,
     batch: int | None = None,
 ) -> U8_HWC:
     """Generate and blend one lattice region in memory, [H, W, 3] uint8, with any scheme of tiling.
@@ -74,8 +74,9 @@ def render_field(
     ``grid`` and ``taper`` are the scheme; ``tissue_tiles_HW`` bool [tile rows, tile columns] the tiles that
     are generated, None for all; ``background`` what stands in for the others, as in ``SlidePlan``.
     ``shift`` (dy, dx) in [0, stride) moves the grid up and to the left by so many pixels, while tiles keep
-    their true place on the lattice, as a generator with noise anchored to the lattice needs it. ``batch``
-    None: the generator's own. All tiles that touch the region are held at once.
+    their true place on the lattice, as a generator with noise anchored to the lattice needs it; with the
+    plan's ``noise_key`` it draws the noise of the output. ``batch`` None: the generator's own. All tiles that
+    touch the region are held at once.
     """
     dy, dx = shift
     frame = region.shifted(dy, dx)
@@ -87,7 +88,7 @@ def render_field(
     placed: dict[TileIndex, Placed] = {}
     count, halo = batch or generator.spec.batch, grid.halo
     for group in groups([_moved(grid.tile_at(index), -dy, -dx) for index in indices], count):
-        generated_BHWC = generator(read_batch(view, group, count, seed), context)
+        generated_BHWC = generator(read_batch(view, group, count, noise_key), context)
         for tile, pixels_HWC in zip(group, generated_BHWC, strict=False):
             inner_HWC = pixels_HWC[halo : pixels_HWC.shape[0] - halo, halo : pixels_HWC.shape[1] - halo]
             placed[tile.index] = (grid.write_region(tile.index), inner_HWC.copy())

@@ -138,7 +138,7 @@ def _plan_grid_shift(
     fields = _tissue_fields(source, plan, budget)
     if not fields:
         return no_figure("no field of tissue was found" if budget.shift_fields else "left out")
-    return grid_shift(source, fields, plan.grid, generator, plan.context, seed=plan.seed)
+    return grid_shift(source, fields, plan.grid, generator, plan.context, noise_key=plan.noise_key)
 
 
 def _tissue_fields(source: View, plan: SlidePlan, budget: SeamBudget) -> list[Region]:
@@ -171,7 +171,7 @@ def grid_shift(
     context: Context,
     *,
     taper: Taper = "sin2",
-    seed: int = 0,
+    noise_key: int = 0,
 ) -> dict[str, Any]:
     """M3: mean CIEDE2000 between a field and the same field on grids shifted by {0, 8, 64, stride / 2}^2.
 
@@ -187,7 +187,9 @@ def grid_shift(
     for field in fields:
 
         def made(shift: tuple[int, int], field: Region = field) -> U8_HWC:
-            return render_field(view, field, grid, generator, context, shift=shift, taper=taper, seed=seed)
+            return render_field(
+                view, field, grid, generator, context, shift=shift, taper=taper, noise_key=noise_key
+            )
 
         unshifted_HWC = made((0, 0))
         distances.append([colour_distance(unshifted_HWC, made(shift)) for shift in shifts])
@@ -253,7 +255,7 @@ def roi_equality(
         plan.context,
         tissue_tiles_HW=plan.tissue_tiles_HW,
         background=plan.background,
-        seed=plan.seed,
+        noise_key=plan.noise_key,
     )
     written_HWC = output.read(region)
     sums = [hashlib.sha256(np.ascontiguousarray(p).data).hexdigest() for p in (written_HWC, again_HWC)]

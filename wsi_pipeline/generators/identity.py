@@ -43,6 +43,7 @@ class Identity:
             digest=hashlib.sha256(f"identity/{VERSION}".encode()).hexdigest(),
             exact=True,
             stain="any",
+            overlap=min(64, self.tile // 2),
         )
 
     def prepare(self, thumbnail_HWC: U8_HWC, tissue_HW: npt.NDArray[np.bool_], mpp: Mpp) -> Context:

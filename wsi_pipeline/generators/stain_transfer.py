@@ -139,6 +139,7 @@ class StainTransfer:
             digest=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
             exact=True,
             stain="h&e",
+            overlap=min(64, self.tile // 2),
         )
 
     def prepare(self, thumbnail_HWC: U8_HWC, tissue_HW: npt.NDArray[np.bool_], mpp: Mpp) -> Context:

@@ -32,7 +32,8 @@ class Planned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """``done`` of ``total`` units (blocks or TIFF tiles) of the current stage are on disk."""
+    """``done`` of ``total`` steps of the current stage: each tile that was generated and each block that is
+    on disk (with several processes only the blocks), or each TIFF tile that was exported."""
 
     slide_id: str
     done: int

@@ -8,6 +8,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from wsi_pipeline.core.annotations import geojson_to_mask
 from wsi_pipeline.core.geometry import Mpp, Region, Size, TileIndex, ceil_div
 from wsi_pipeline.core.grid import TileGrid
 from wsi_pipeline.core.plan import SlidePlan
-from wsi_pipeline.core.protocols import LABEL_CELL, U8_HWC, GeneratorSpec, Slide
+from wsi_pipeline.core.protocols import LABEL_CELL, U8_HWC, Generator, GeneratorSpec, Slide
 from wsi_pipeline.core.stain_check import StainVerdict, assess_stain
 from wsi_pipeline.core.tissue import (
     THUMBNAIL_MPP,
@@ -26,7 +27,7 @@ from wsi_pipeline.core.tissue import (
     detect_tissue,
     whole_slide,
 )
-from wsi_pipeline.errors import ConfigError, UnsupportedSlideError
+from wsi_pipeline.errors import ConfigError, GeneratorContractError, UnsupportedSlideError
 from wsi_pipeline.generators import make_generator
 from wsi_pipeline.pipeline.settings import ConvertConfig
 from wsi_pipeline.readers import open_slide
@@ -42,6 +43,11 @@ OVERVIEW_MPP = 2.0
 STAIN_PIXELS = 1e6
 OVERVIEW_STRIP = 128
 FINEST_UPSAMPLING = 4
+"""A user may ask for pixels this many times smaller than the slide's."""
+MADE_FOR_UPSAMPLING = 2.02
+"""A generator may ask for twice, and a hundredth for rounded pixel sizes."""
+NEAR_ENOUGH = 0.1
+"""A pixel size that is off by this share is not worth a resampling."""
 LARGEST = 2**40
 
 
@@ -95,14 +101,16 @@ def survey(slide: Slide, config: ConvertConfig) -> Survey:
     verdict = assess_stain(thumbnail[::step, ::step], tissue.tissue.mask_HW[::step, ::step])
     _check_stain(slide, verdict, spec, config)
     mask = _at_pixels(tissue.tissue, Size(*fine.shape[:2]), fine_mpp, 1)
-    context = dict(generator.prepare(fine, mask, fine_mpp))
+    tissue_tiles = _tissue_tiles(grid, tissue.tissue, mpp)
+    # Preparing may load weights: not for a slide of which nothing will be made.
+    context = _context(generator, fine, mask, fine_mpp) if tissue_tiles.any() else {}
     plan = SlidePlan(
         slide_id=slide.slide_id,
         identity=slide.identity,
         mpp=mpp,
         mpp_origin=slide.mpp_origin,
         grid=grid,
-        tissue_tiles_HW=_tissue_tiles(grid, tissue.tissue, mpp),
+        tissue_tiles_HW=tissue_tiles,
         block=config.output.zarr.block,
         background=config.output.background,
         seed=config.tiling.seed,
@@ -127,17 +135,60 @@ def _working_mpp(slide: Slide, config: ConvertConfig, spec: GeneratorSpec) -> Mp
                 f"give at least {min(slide.mpp) / FINEST_UPSAMPLING:.4g} and at most 20"
             )
         return (wanted, wanted)
-    return spec.mpp or slide.mpp
+    return slide.mpp if spec.mpp is None else _near_own(slide, spec.kind, spec.mpp)
+
+
+def _near_own(slide: Slide, kind: str, made_for: Mpp) -> Mpp:
+    """The slide's own pixel size, doubled some times, where it lies near what a generator was made for.
+
+    Why: to resample 0.499 to 0.5 µm costs sharpness and time, and no generator tells the two apart.
+    """
+    own = _halvings(slide.mpp, max(made_for))
+    if all(abs(a / b - 1) <= NEAR_ENOUGH for a, b in zip(own, made_for, strict=True)):
+        return own
+    enlarged = max(a / b for a, b in zip(slide.mpp, made_for, strict=True))
+    if enlarged > MADE_FOR_UPSAMPLING:
+        raise ConfigError(
+            f"{slide.slide_id}: {max(slide.mpp):.4g} µm per pixel is too coarse for generator {kind}, made "
+            f"for {min(made_for):.4g}: it would have to be enlarged {enlarged:.3g} times; give a finer scan, "
+            f"or try --set tiling.mpp={max(slide.mpp):.4g} and look at the result with care"
+        )
+    return made_for
 
 
 def _grid(size: Size, config: ConvertConfig, spec: GeneratorSpec) -> TileGrid:
-    grid = TileGrid(size=size, tile=spec.tile, halo=spec.halo, overlap=config.tiling.overlap)
-    if grid.stride % spec.align:
+    """The grid with the overlap that the user or else the generator asks for."""
+    overlap = spec.overlap if config.tiling.overlap is None else config.tiling.overlap
+    written = spec.tile - 2 * spec.halo
+    fitting = range(written % spec.align, written - spec.align + 1, spec.align)
+    if not fitting:
         raise ConfigError(
-            f"tiling.overlap: {config.tiling.overlap} gives a stride of {grid.stride} px, but generator "
-            f"{spec.kind} needs a multiple of {spec.align}"
+            f"generator {spec.kind}: a halo of {spec.halo} px leaves {written} px of a tile of {spec.tile}, "
+            f"but it needs at least {spec.align}; give it larger tiles or a smaller halo"
         )
-    return grid
+    if overlap not in fitting:
+        nearest = sorted(sorted(fitting, key=lambda fit: abs(fit - overlap))[:2])
+        raise ConfigError(
+            f"tiling.overlap: {overlap} leaves a stride of {written - overlap} px (tile {spec.tile}, halo "
+            f"{spec.halo}), but generator {spec.kind} needs an overlap of 0 or more and a stride that is a "
+            f"positive multiple of {spec.align}; the nearest that fit: {' and '.join(map(str, nearest))}"
+        )
+    return TileGrid(size=size, tile=spec.tile, halo=spec.halo, overlap=overlap)
+
+
+def _context(
+    generator: Generator, overview_HWC: U8_HWC, tissue_HW: npt.NDArray[np.bool_], mpp: Mpp
+) -> dict[str, Any]:
+    """What the generator prepares, as the manifest gives it back; raises GeneratorContractError."""
+    prepared = dict(generator.prepare(overview_HWC, tissue_HW, mpp))
+    try:
+        return dict(json.loads(json.dumps(prepared, allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise GeneratorContractError(
+            f"generator {generator.spec.kind}: prepared a context that is no JSON ({error}); the generator "
+            "has to be corrected",
+            spec=generator.spec,
+        ) from error
 
 
 def _tissue(slide: Slide, thumbnail: U8_HWC, mpp: Mpp, config: ConvertConfig) -> TissueResult:

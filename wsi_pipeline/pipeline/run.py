@@ -92,7 +92,13 @@ def run_band(job: Job, emit: Emit = ignore) -> JobReport:
     background = background_reader(plan, view, generator)
     pyramid = PyramidBuilder(plan.shape, plan.blocks(), mine, job.done, job.writer.read)
     ledger = Ledger.open(job.ledgers / f"{job.name}.jsonl", plan.fingerprint, environment())
-    total, committed = _blocks_to_write(job), 0
+    total, taken, committed = len(tiles) + _blocks_to_write(job), 0, 0
+
+    def advance(steps: int) -> None:
+        nonlocal taken
+        taken += steps
+        emit(Progress(slide_id=plan.slide_id, done=taken, total=total))
+
     try:
         with (
             ThreadPoolExecutor(job.threads, "read") as readers,
@@ -101,11 +107,11 @@ def run_band(job: Job, emit: Emit = ignore) -> JobReport:
         ):
             batches = ordered_map(
                 readers,
-                lambda group: read_batch(view, group, job.batch, plan.seed),
+                lambda group: read_batch(view, group, job.batch, plan.noise_key),
                 groups(tiles, job.batch),
                 job.threads + READ_AHEAD,
             )
-            gathers = _gathers(Stitcher(plan, todo), _generated(generator, plan.context, batches))
+            gathers = _gathers(Stitcher(plan, todo), _generated(generator, plan.context, batches, advance))
             blocks = ordered_map(blenders, lambda g: blend(g, background), gathers, BLEND_AHEAD)
             finished = itertools.chain(
                 pyramid.resume(), (done for block in blocks for done in pyramid.put(block))
@@ -114,7 +120,7 @@ def run_band(job: Job, emit: Emit = ignore) -> JobReport:
             for key, checksum in commits:
                 ledger.record(key, checksum)
                 committed += 1
-                emit(Progress(slide_id=plan.slide_id, done=committed, total=total))
+                advance(1)
     finally:
         ledger.close()
     return JobReport(
@@ -140,10 +146,12 @@ def _blocks_to_write(job: Job) -> int:
 
 
 def _generated(
-    generator: Generator, context: Context, batches: Iterable[TileBatch]
+    generator: Generator, context: Context, batches: Iterable[TileBatch], advance: Callable[[int], None]
 ) -> Iterator[tuple[TileBatch, U8_BHWC]]:
     for batch in batches:
-        yield batch, checked(generator, batch, context)
+        generated = checked(generator, batch, context)
+        advance(len(batch.tiles))
+        yield batch, generated
 
 
 def checked(generator: Generator, batch: TileBatch, context: Context) -> U8_BHWC:

@@ -48,11 +48,13 @@ class InputConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TilingConfig:
-    """``mpp``: working resolution in µm per pixel (None: the generator's, else the slide's own);
-    ``overlap``: pixels that neighbouring tiles blend over; ``seed``: for generators that draw noise."""
+    """How the slide is cut. ``mpp``: working resolution in µm per pixel, taken exactly (None: the one that
+    the generator was made for, or the slide's own, halved some times, where that lies within 10 %);
+    ``overlap``: pixels that neighbouring tiles blend over (None: what the generator asks for); ``seed``:
+    for generators that draw noise."""
 
     mpp: float | None = None
-    overlap: int = 64
+    overlap: int | None = None
     seed: int = 0
 
 

@@ -102,6 +102,7 @@ def _make_blocks(
     """Commit every block that is missing; returns (made, found finished, tiles generated)."""
     plan, ledgers = found.plan, writer.root / LEDGERS
     done = _still_valid(writer, plan, emit)
+    _say_if_enlarged(slide, plan, emit)
     total = len(plan.block_keys()) - len(done)
     emit(Planned(slide_id=plan.slide_id, tiles=plan.tile_count, blocks=total + len(done), resumed=len(done)))
     bands = plan.bands(config.run.workers) if config.run.workers > 1 else (None,)
@@ -128,6 +129,13 @@ def _make_blocks(
         rest = replace(jobs[0], band=None, name="shared", done=written)
         reports += run_jobs([rest], 1, total, emit)
     return sum(r.blocks for r in reports), len(done), sum(r.tiles for r in reports)
+
+
+def _say_if_enlarged(slide: Slide, plan: SlidePlan, emit: Emit) -> None:
+    factor = max(own / working for own, working in zip(slide.mpp, plan.mpp, strict=True))
+    if factor > 1.1:
+        message = f"enlarged {factor:.3g} times, to {min(plan.mpp):.4g} µm per pixel: this adds no detail"
+        emit(Notice(slide_id=slide.slide_id, message=message))
 
 
 def _still_valid(writer: OmeZarrWriter, plan: SlidePlan, emit: Emit) -> frozenset[BlockKey]:

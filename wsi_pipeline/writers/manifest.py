@@ -29,11 +29,21 @@ MANIFEST = "manifest.json"
 
 SYNTHETIC = "synthetic, derived; not for primary diagnosis"
 
-_RECORDED = ("numpy", "scikit-image", "imagecodecs", "openslide-bin", "tifffile", "tensorstore", "torch")
+_RECORDED = (
+    "numpy",
+    "scikit-image",
+    "imagecodecs",
+    "openslide-bin",
+    "tifffile",
+    "tensorstore",
+    "torch",
+    "diffusers",
+    "safetensors",
+)
 
 
 def environment() -> dict[str, str]:
-    """Versions of everything that touches pixels."""
+    """Versions of everything that touches pixels; asks the packages' metadata, imports nothing."""
     versions = {"wsi_pipeline": __version__, "python": platform.python_version()}
     for package in _RECORDED:
         try:
@@ -64,6 +74,8 @@ def manifest(
             "kind": plan.generator.kind,
             "digest": plan.generator.digest,
             "exact": plan.generator.exact,
+            "mpp": list(plan.generator.mpp) if plan.generator.mpp else None,
+            "cell": plan.generator.cell,
             "context": dict(plan.context),
         },
         "fingerprint": plan.fingerprint,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from wsi_pipeline import models_cli
 from wsi_pipeline._version import __version__
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(models_cli.app, name="models")
 
 
 def _print_version(wanted: bool) -> None:
@@ -63,6 +65,12 @@ MppOpt = Annotated[
 GeneratorOpt = Annotated[
     str | None, typer.Option("--generator", "-g", help="A name from `wsi-pipeline models`.")
 ]
+WeightsOpt = Annotated[
+    Path | None,
+    typer.Option(
+        help="A bundle from `wsi-pipeline models import`; generator lora_turbo unless one is named."
+    ),
+]
 RoiOpt = Annotated[str | None, typer.Option(help="Y,X,HEIGHT,WIDTH in level-0 pixels, or a GeoJSON file.")]
 MaskOpt = Annotated[
     str | None, typer.Option(help="Tissue: detect, whole, or a GeoJSON file of hand-corrected tissue.")
@@ -79,6 +87,7 @@ def plan(
     settings: SetOpt = None,
     mpp: MppOpt = None,
     generator: GeneratorOpt = None,
+    weights: WeightsOpt = None,
     roi: RoiOpt = None,
     mask: MaskOpt = None,
     overlay: Annotated[
@@ -93,7 +102,7 @@ def plan(
     from wsi_pipeline import api
     from wsi_pipeline.console import show_plan
 
-    resolved = _configured(config, settings, mpp, generator, roi, mask)
+    resolved = _configured(config, settings, mpp, generator, weights, roi, mask)
     picture = overlay or Path(f"{Path(slide).name}.overlay.png")
     show_plan(api.plan(slide, resolved, overlay=picture, geojson=geojson), log_format)
 
@@ -106,6 +115,7 @@ def convert(
     settings: SetOpt = None,
     mpp: MppOpt = None,
     generator: GeneratorOpt = None,
+    weights: WeightsOpt = None,
     roi: RoiOpt = None,
     mask: MaskOpt = None,
     background: Annotated[
@@ -126,7 +136,7 @@ def convert(
     from wsi_pipeline import api
     from wsi_pipeline.console import Console
 
-    resolved = _configured(config, settings, mpp, generator, roi, mask, background, workers)
+    resolved = _configured(config, settings, mpp, generator, weights, roi, mask, background, workers)
     with Console(log_format) as console:
         result = api.convert(
             slide, out, resolved, overwrite=overwrite, restart=restart, seams=seams, emit=console.emit
@@ -187,14 +197,6 @@ def show_config(config: ConfigOpt = None, settings: SetOpt = None) -> None:
 
 
 @app.command()
-def models(log_format: LogOpt = "text") -> None:
-    """List the generators and their options."""
-    from wsi_pipeline.console import show_models
-
-    show_models(log_format)
-
-
-@app.command()
 def doctor(log_format: LogOpt = "text") -> None:
     """Check versions, devices, readers and disk; say what is missing and how to get it."""
     from wsi_pipeline.console import show_doctor
@@ -207,6 +209,7 @@ def _configured(
     settings: list[str] | None,
     mpp: float | None,
     generator: str | None,
+    weights: Path | None,
     roi: str | None,
     mask: str | None,
     background: str | None = None,
@@ -217,7 +220,8 @@ def _configured(
 
     named: dict[str, Any] = {
         "input.mpp": mpp,
-        "generator.name": generator,
+        "generator.name": generator or _implied(path, weights),
+        "generator.options.weights": None if weights is None else str(weights),
         "input.roi": roi,
         "input.mask": mask,
         "output.background": background,
@@ -225,6 +229,16 @@ def _configured(
     }
     given = {key: value for key, value in named.items() if value is not None}
     return load_config(path, settings or [], given)
+
+
+def _implied(path: Path | None, weights: Path | None) -> str | None:
+    """The generator that ``--weights`` means, unless the configuration file names another."""
+    if weights is None:
+        return None
+    from wsi_pipeline.config import load_config
+
+    default = load_config().generator.name
+    return "lora_turbo" if path is None or load_config(path).generator.name == default else None
 
 
 def main() -> None:

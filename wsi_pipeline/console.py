@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -17,10 +18,22 @@ from wsi_pipeline.api import PlanResult
 from wsi_pipeline.doctor import examine
 from wsi_pipeline.errors import SlideError, WsiPipelineError
 from wsi_pipeline.generators import describe
+from wsi_pipeline.model_api import Fetched, ImportResult
+from wsi_pipeline.models.bundle import BundleFacts
 from wsi_pipeline.pipeline.convert import ConvertResult
 from wsi_pipeline.pipeline.events import Event, Notice, Planned, Progress, Stage
 
-__all__ = ["Console", "show_doctor", "show_error", "show_models", "show_plan"]
+__all__ = [
+    "Console",
+    "show_bundle",
+    "show_doctor",
+    "show_error",
+    "show_fetched",
+    "show_imported",
+    "show_models",
+    "show_plan",
+    "show_result",
+]
 
 STAGES = {
     "plan": "Looking for tissue",
@@ -155,13 +168,76 @@ def show_plan(result: PlanResult, log_format: str) -> None:
 
 
 def show_models(log_format: str) -> None:
-    """The generators with their options."""
+    """The generators with their options, or why one cannot be used here."""
     for entry in describe():
         if log_format == "json":
             _json_line(asdict(entry))
+        elif entry.problem:
+            _table([(entry.name, entry.problem)])
         else:
-            options = ", ".join(f"{o.name}={o.default!r}" for o in entry.options)
+            options = ", ".join(
+                f"{o.name}" if o.required else f"{o.name}={o.default!r}" for o in entry.options
+            )
             _table([(entry.name, entry.summary), ("", f"options: {options or 'none'}")])
+
+
+def show_result(values: dict[str, Any], text: str, log_format: str) -> None:
+    """The closing line of a command without progress."""
+    if log_format == "json":
+        _json_line({"event": "result", **values})
+    else:
+        sys.stdout.write(text + "\n")
+
+
+def show_bundle(facts: BundleFacts, log_format: str) -> None:
+    """The facts of a bundle as a table or as JSON."""
+    if log_format == "json":
+        _json_line({"event": "result", **_bundle_values(facts)})
+        return
+    captions = ", ".join(f'{direction} "{text}"' for direction, text in facts.prompts.items())
+    _table(
+        [
+            ("bundle", f"{facts.path} ({_size(facts.size_bytes)}), by {facts.created_by}"),
+            ("directions", captions),
+            ("trained at", f"{facts.mpp:g} µm/px, tiles of {facts.tile} px"),
+            (
+                "source",
+                f"{facts.source}, adapters of rank {facts.rank_unet} (UNet) and {facts.rank_vae} (VAE)",
+            ),
+            ("base", f"{facts.base_name}, digest {facts.base_digest}"),
+            ("digest", facts.digest),
+            ("licence", facts.licence),
+        ]
+    )
+
+
+def show_imported(result: ImportResult, log_format: str) -> None:
+    """What an import made, what to know about it, and what to type next."""
+    facts = result.facts
+    if log_format == "json":
+        values = {"status": "imported", "notices": list(result.notices), **_bundle_values(facts)}
+        _json_line({"event": "result", **values})
+        return
+    for notice in result.notices:
+        sys.stderr.write(f"Note: {notice}\n")
+    show_bundle(facts, log_format)
+    weights = shlex.quote(str(facts.path))
+    sys.stdout.write(f"Next: wsi-pipeline convert SLIDE -o OUT.ome.zarr --weights {weights}\n")
+
+
+def show_fetched(result: Fetched, log_format: str) -> None:
+    """Where the base model is, and what to type next."""
+    base = "" if result.is_default else f" --base {shlex.quote(result.hub_id)}"
+    show_result(
+        {"status": "fetched", **_plain(asdict(result))},
+        f"{result.hub_id} is in {result.folder} ({_size(result.size_bytes)})\n"
+        f"Next: wsi-pipeline models import model.pkl{base} -o ffpe.safetensors",
+        log_format,
+    )
+
+
+def _bundle_values(facts: BundleFacts) -> dict[str, Any]:
+    return {**_plain(asdict(facts)), "directions": facts.directions}
 
 
 def show_doctor(log_format: str) -> None:
@@ -199,6 +275,10 @@ def _seams(result: ConvertResult) -> str:
 
 def _reason(reason: str | None) -> str:
     return f" (none: {reason})" if reason else ""
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _duration(seconds: float) -> str:

@@ -24,6 +24,7 @@ __all__ = ["GENERATORS", "GeneratorDescription", "OptionDescription", "describe"
 
 GENERATORS: dict[str, str] = {
     "identity": "wsi_pipeline.generators.identity:Identity",
+    "lora_turbo": "wsi_pipeline.generators.lora_turbo:LoraTurbo",
     "stain_transfer": "wsi_pipeline.generators.stain_transfer:StainTransfer",
 }
 
@@ -105,9 +106,11 @@ def _import(name: str) -> type[Any]:
     try:
         member = getattr(importlib.import_module(module_name), class_name)
     except ImportError as error:
+        remedy = "check the spelling, or install the package that provides it"
+        if name in GENERATORS:
+            remedy = "pip install 'wsi-pipeline[models]'"
         raise ConfigError(
-            f"generator {name}: {module_name} cannot be imported ({error}); "
-            "check the spelling, or install the package that provides it"
+            f"generator {name}: {module_name} cannot be imported ({error}); {remedy}"
         ) from error
     except AttributeError as error:
         raise ConfigError(f"generator {name}: {module_name} has no class {class_name}; check it") from error

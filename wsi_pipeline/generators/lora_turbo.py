@@ -1,0 +1,307 @@
+"""Diffusion-FFPE on tiles: the one-step LoRA generator of ``models.lora_turbo`` behind the generator seam.
+
+Zhang et al., BIBM 2024. It changes structure, not only colour: it can invent and remove detail, so its output
+is an illustration of how the tissue might look in paraffin, never evidence.
+
+Speed. Adapters are merged into the weights when they are loaded; only what one direction needs is loaded;
+networks run in bfloat16 or float16 where the device is good at it, in channels-last order, with the last
+layers and the one-step formula in float32 (an error of eps is multiplied by 14.6).
+
+Exactness. On a CPU tiles run one at a time, so their bits cannot depend on the batch. On CUDA kernels are
+chosen by batch size, and the promise is one grey level.
+
+Glass. The published model was not trained to keep glass as it is. What it makes of a tile of this slide's
+glass colour is measured once, and the slide's background is scaled alike, so that no staircase of tile
+borders shows.
+
+The tile grid. Defaults come from measured seam figures (``tests/benchmarks/lora_turbo_seams.md``).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from wsi_pipeline.core.geometry import Mpp, Region
+from wsi_pipeline.core.noise import lattice_normal
+from wsi_pipeline.core.protocols import U8_BHWC, U8_HWC, Context, GeneratorSpec, TileBatch
+from wsi_pipeline.errors import CheckpointError, ConfigError, GeneratorError
+from wsi_pipeline.generators._torch import (
+    Dtype,
+    Rounding,
+    TileRunner,
+    batch_for,
+    choose_device,
+    choose_dtype,
+    from_uint8,
+    to_uint8,
+)
+from wsi_pipeline.models.assemble import assemble
+from wsi_pipeline.models.bundle import BundleFacts, load_bundle, load_facts
+from wsi_pipeline.models.layout import VAES, Direction
+from wsi_pipeline.models.lora_turbo import CELLS, SIZE_MULTIPLE, Translator
+
+__all__ = ["LoraTurbo"]
+
+VERSION = 1  # raise it when pixels would change
+LATENT_PX = 8
+BYTES_A_PIXEL = 2000  # of activations, for each byte of the type; measured on full-size networks at 512 px
+STRIDE_MULTIPLE = (
+    64  # the UNet halves the latent three times: other strides change its phase from tile to tile
+)
+GLASS_SPREAD = (
+    12  # grey levels between the 5th and 95th percentile of translated glass, above which it is no glass
+)
+GLASS_MINIMUM = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraTurbo:
+    """One-step LoRA diffusion generator (Diffusion-FFPE): changes structure; needs imported weights.
+
+    ``weights``: bundle made by ``wsi-pipeline models import``; ``direction``: ``a2b`` frozen to FFPE, ``b2a``
+    back; ``prompt``: one of the bundle's captions (None: the direction's); ``latent``: ``mode``, or
+    ``sample`` with noise that belongs to the slide; ``gamma``: strength of the skip connections;
+    ``rounding``: of the last step, ``truncate`` as the published program; ``device``: auto, cpu, cuda,
+    cuda:N; ``batch``: tiles a call (None: from free memory, at most ``max_vram`` GiB); ``compile``:
+    torch.compile; ``tile``, ``mpp``: None for the bundle's; ``halo``: pixels around a tile that are read and
+    thrown away. Raises ConfigError for values that cannot work, CheckpointError where the bundle is missing,
+    damaged or of another kind.
+    """
+
+    weights: Path
+    direction: Direction = "a2b"
+    prompt: str | None = None
+    latent: Literal["mode", "sample"] = "mode"
+    gamma: float = 1.0
+    rounding: Rounding = "round"
+    device: str = "auto"
+    dtype: Dtype = "auto"
+    unet_dtype: Dtype = "float32"
+    batch: int | None = None
+    max_vram: float | None = None
+    compile: bool = False
+    tile: int | None = None
+    halo: int = 0
+    mpp: float | None = None
+    _facts: BundleFacts = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Read now, so that a wrong file stops the run before it starts.
+        facts = load_facts(self.weights)
+        object.__setattr__(self, "_facts", facts)
+        if self.direction not in facts.directions:
+            raise ConfigError(
+                f"{self.weights}: has no direction {self.direction}; give {facts.directions[0]}"
+            )
+        if self.prompt is not None and self.prompt not in facts.prompts.values():
+            known = ", ".join(f"'{text}'" for text in facts.prompts.values())
+            raise ConfigError(
+                f"{self.weights}: holds no embedding of '{self.prompt}', only of {known}; import the "
+                "checkpoint again with --prompt-a2b"
+            )
+        _check_tile(self.side, self.halo)
+        for name in ("batch", "max_vram", "mpp"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"generator lora_turbo: {name}={value}: must be above 0")
+        if not 0.0 <= self.gamma <= 10.0:
+            raise ConfigError(
+                f"generator lora_turbo: gamma={self.gamma}: must be between 0 and 10; 1 is as trained"
+            )
+        for dtype in (self.dtype, self.unet_dtype):
+            choose_dtype(dtype, choose_device(self.device))
+
+    @property
+    def side(self) -> int:
+        """Side of a tile in pixels."""
+        return self.tile or self._facts.tile
+
+    @property
+    def _overlap(self) -> int:
+        """About a quarter of what a tile writes, so that the stride is a multiple of ``STRIDE_MULTIPLE``."""
+        written = self.side - 2 * self.halo
+        stride = max(1, written * 3 // 4 // STRIDE_MULTIPLE) * STRIDE_MULTIPLE
+        return max(0, written - stride)
+
+    @property
+    def spec(self) -> GeneratorSpec:
+        device = choose_device(self.device)
+        mpp = self.mpp or self._facts.mpp
+        identity = {
+            "kind": "lora_turbo",
+            "version": VERSION,
+            "tile": self.side,
+            **self._facts_for_people(device),
+        }
+        return GeneratorSpec(
+            kind="lora_turbo",
+            tile=self.side,
+            halo=self.halo,
+            align=STRIDE_MULTIPLE,
+            mpp=(mpp, mpp),
+            batch=self.batch or self._automatic_batch(device),
+            digest=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+            exact=device.type == "cpu",
+            stain="h&e",
+            overlap=self._overlap,
+            cell=self.side // CELLS if VAES[self.direction][1] in self._facts.vaes else None,
+        )
+
+    def prepare(self, thumbnail_HWC: U8_HWC, tissue_HW: npt.NDArray[np.bool_], mpp: Mpp) -> Context:
+        """What made the pixels, for the manifest, and what becomes of the slide's glass."""
+        return {
+            **self._facts_for_people(choose_device(self.device)),
+            "glass": self._glass(thumbnail_HWC, tissue_HW),
+        }
+
+    def __call__(self, batch: TileBatch, context: Context) -> U8_BHWC:
+        """Translated tiles. Raises GeneratorError where the device has no room for one tile, CheckpointError
+        where
+        the bundle changed or vanished since the run began."""
+        return self._runner(len(batch.pixels_BHWC))(batch.pixels_BHWC, self._noise(batch))
+
+    def background(self, pixels_HWC: U8_HWC, context: Context) -> U8_HWC:
+        """Each channel scaled as the generator scales this slide's glass."""
+        try:
+            ratio = np.array(context["glass"]["ratio"], np.float64)
+        except (KeyError, TypeError, ValueError) as error:
+            raise GeneratorError(
+                f"generator lora_turbo: no glass in the context ({error!r}); run prepare again",
+                spec=self.spec,
+            ) from error
+        levels = np.arange(256)[:, None] * ratio
+        table = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+        return table[pixels_HWC, np.arange(3)]
+
+    def _facts_for_people(self, device: torch.device) -> dict[str, Any]:
+        """Everything that decides a pixel, by the names of the options."""
+        facts = self._facts
+        return {
+            "weights": facts.identity,
+            "base": facts.base_digest,
+            "base_name": facts.base_name,
+            "direction": self.direction,
+            "prompt": self.prompt or facts.prompts[self.direction],
+            "latent": self.latent,
+            "gamma": self.gamma,
+            "rounding": self.rounding,
+            "dtype": str(choose_dtype(self.dtype, device)).removeprefix("torch."),
+            "unet_dtype": str(choose_dtype(self.unet_dtype, device)).removeprefix("torch."),
+            "device": device.type,
+            "compiled": self.compile,
+        }
+
+    def _automatic_batch(self, device: torch.device) -> int:
+        dtype = choose_dtype(self.dtype, device)
+        weights = self._facts.size_bytes * dtype.itemsize // torch.float32.itemsize
+        return batch_for(device, weights, self.side**2 * BYTES_A_PIXEL * dtype.itemsize, self.max_vram)
+
+    def _runner(self, count: int) -> TileRunner:
+        device = choose_device(self.device)
+        return _runner(
+            self.weights,
+            self._facts.identity,
+            self.direction,
+            self.prompt,
+            device,
+            choose_dtype(self.dtype, device),
+            choose_dtype(self.unet_dtype, device),
+            self.compile,
+            self.gamma,
+            self.rounding,
+            1 if device.type == "cpu" else min(self.spec.batch, count),
+        )
+
+    def _noise(self, batch: TileBatch) -> npt.NDArray[np.float32] | None:
+        if self.latent == "mode":
+            return None
+        channels, side = int(self._facts.vae_config["latent_channels"]), self.side // LATENT_PX
+        noise = np.zeros((len(batch.pixels_BHWC), channels, side, side), np.float32)
+        for i, tile in enumerate(batch.tiles):
+            cells = Region(tile.read.y // LATENT_PX, tile.read.x // LATENT_PX, side, side)
+            noise[i] = lattice_normal(cells, key=batch.noise_key, channels=channels)
+        return noise
+
+    def _glass(self, thumbnail_HWC: U8_HWC, tissue_HW: npt.NDArray[np.bool_]) -> dict[str, Any]:
+        """Median colour of what is not tissue, and by how much the generator scales it."""
+        outside = thumbnail_HWC[~tissue_HW]
+        same = {"source": None, "ratio": [1.0, 1.0, 1.0]}
+        if not len(outside):
+            return {**same, "reason": "no pixel outside tissue"}
+        colour = np.median(outside, axis=0).astype(np.uint8)
+        if colour.min() < GLASS_MINIMUM:
+            return {**same, "reason": "what is not tissue is not bright"}
+        tile = np.empty((1, self.side, self.side, 3), np.uint8)
+        tile[:] = colour
+        made = self._runner(1)(tile)[0].reshape(-1, 3)
+        low, middle, high = np.percentile(made, [5, 50, 95], axis=0)
+        if (high - low).max() > GLASS_SPREAD or middle.min() < GLASS_MINIMUM:
+            return {**same, "reason": "the generator does not make bright, even glass of it"}
+        ratio = (np.rint(middle) / colour).round(6)
+        return {"source": colour.tolist(), "ratio": ratio.tolist(), "reason": ""}
+
+
+def _check_tile(side: int, halo: int) -> None:
+    if side < SIZE_MULTIPLE or side % SIZE_MULTIPLE:
+        below = max(side // SIZE_MULTIPLE, 1) * SIZE_MULTIPLE
+        raise ConfigError(
+            f"generator lora_turbo: tile={side}: must be a multiple of {SIZE_MULTIPLE}; "
+            f"give {below} or {below + SIZE_MULTIPLE}"
+        )
+    if halo < 0 or halo % LATENT_PX or 2 * halo >= side:
+        raise ConfigError(
+            f"generator lora_turbo: halo={halo}: must be a multiple of {LATENT_PX} below {side // 2}"
+        )
+
+
+@functools.lru_cache(maxsize=1)
+def _network(
+    path: Path,
+    identity: str,
+    direction: Direction,
+    prompt: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    unet_dtype: torch.dtype,
+    compiled: bool,
+) -> Translator:
+    """The network, once in each process, however many generators and threads ask for it."""
+    weights = load_bundle(path)
+    if load_facts(path).identity != identity:
+        raise CheckpointError(f"{path}: changed since the run began; start it again")
+    text = next((p.embedding for p in weights.prompts.values() if p.text == prompt), None)
+    net = assemble(weights, direction, text=text, dtype=dtype, unet_dtype=unet_dtype, device=device)
+    return torch.compile(net) if compiled else net
+
+
+@functools.lru_cache(maxsize=4)
+def _runner(
+    path: Path,
+    identity: str,
+    direction: Direction,
+    prompt: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    unet_dtype: torch.dtype,
+    compiled: bool,
+    gamma: float,
+    rounding: Rounding,
+    micro_batch: int,
+) -> TileRunner:
+    """A runner, kept because it remembers that memory ran out."""
+    net = _network(path, identity, direction, prompt, device, dtype, unet_dtype, compiled)
+
+    def translate(pixels_BHWC: Tensor, noise: Tensor | None) -> Tensor:
+        return to_uint8(net(from_uint8(pixels_BHWC), noise, gamma), rounding)
+
+    return TileRunner(network=translate, device=device, micro_batch=micro_batch)

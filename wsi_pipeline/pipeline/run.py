@@ -2,8 +2,8 @@
 
     slide -> SlideView -> TileBatch -> Generator -> Stitcher -> blend -> PyramidBuilder -> writer + ledger
 
-Each arrow is a lazy stream; reading, blending and writing run in threads a few items ahead, the
-generator and the bookkeeping in the caller's thread. Every stream is bounded, so memory is too.
+Each arrow is a lazy stream; reading, blending and writing run in threads a few items ahead, the generator in
+a thread of its own and the bookkeeping in the caller's. Every stream is bounded, so memory is too.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from wsi_pipeline.writers.omezarr import OmeZarrWriter
 __all__ = ["Job", "JobReport", "run_band"]
 
 READ_AHEAD = 3
+GENERATE_AHEAD = 2  # the device works on the next batch while this one is stitched
 BLEND_AHEAD = 2
 WRITE_AHEAD = 2
 
@@ -102,6 +103,7 @@ def run_band(job: Job, emit: Emit = ignore) -> JobReport:
     try:
         with (
             ThreadPoolExecutor(job.threads, "read") as readers,
+            ThreadPoolExecutor(1, "generate") as generate,
             ThreadPoolExecutor(job.threads, "blend") as blenders,
             ThreadPoolExecutor(job.threads, "write") as writers,
         ):
@@ -111,7 +113,10 @@ def run_band(job: Job, emit: Emit = ignore) -> JobReport:
                 groups(tiles, job.batch),
                 job.threads + READ_AHEAD,
             )
-            gathers = _gathers(Stitcher(plan, todo), _generated(generator, plan.context, batches, advance))
+            results = ordered_map(
+                generate, lambda b: (b, checked(generator, b, plan.context)), batches, GENERATE_AHEAD
+            )
+            gathers = _gathers(Stitcher(plan, todo), results, advance)
             blocks = ordered_map(blenders, lambda g: blend(g, background), gathers, BLEND_AHEAD)
             finished = itertools.chain(
                 pyramid.resume(), (done for block in blocks for done in pyramid.put(block))
@@ -145,15 +150,6 @@ def _blocks_to_write(job: Job) -> int:
     return sum(key not in job.done for key in job.plan.block_keys(job.band))
 
 
-def _generated(
-    generator: Generator, context: Context, batches: Iterable[TileBatch], advance: Callable[[int], None]
-) -> Iterator[tuple[TileBatch, U8_BHWC]]:
-    for batch in batches:
-        generated = checked(generator, batch, context)
-        advance(len(batch.tiles))
-        yield batch, generated
-
-
 def checked(generator: Generator, batch: TileBatch, context: Context) -> U8_BHWC:
     """Call the generator and hold it to its promise on shape and dtype."""
     generated = generator(batch, context)
@@ -167,9 +163,12 @@ def checked(generator: Generator, batch: TileBatch, context: Context) -> U8_BHWC
     return generated
 
 
-def _gathers(stitcher: Stitcher, results: Iterable[tuple[TileBatch, U8_BHWC]]) -> Iterator[Gather]:
+def _gathers(
+    stitcher: Stitcher, results: Iterable[tuple[TileBatch, U8_BHWC]], advance: Callable[[int], None]
+) -> Iterator[Gather]:
     yield from stitcher.ready()
     for batch, generated in results:
+        advance(len(batch.tiles))
         yield from stitcher.put(batch, generated)
 
 

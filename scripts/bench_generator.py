@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from wsi_pipeline import convert, load_config
-from wsi_pipeline.core.geometry import Region, TileIndex
+from wsi_pipeline.core.geometry import Region, Size, TileIndex
 from wsi_pipeline.core.protocols import Tile, TileBatch
 from wsi_pipeline.generators._torch import choose_device, from_uint8, to_uint8
 from wsi_pipeline.generators.lora_turbo import LoraTurbo
@@ -32,6 +32,7 @@ from wsi_pipeline.models.bundle import save_bundle
 from wsi_pipeline.models.layout import DIRECTIONS, SD_TURBO_UNET, SD_TURBO_VAE, VAES, meta_unet, meta_vae
 from wsi_pipeline.models.lora_turbo import Translator
 from wsi_pipeline.models.random_weights import random_weights
+from wsi_pipeline.readers.synthetic import SyntheticSlide
 
 SIDE = 512
 FULL_SIZE = {"unet_config": SD_TURBO_UNET, "vae_config": SD_TURBO_VAE, "rank_unet": 128, "rank_vae": 4}
@@ -60,6 +61,18 @@ def ours(tiles: int, bundle: Path) -> dict[str, float]:
     tile = Tile(index=TileIndex(0, 0), read=where, write=where)
     given = TileBatch(tiles=(tile,) * batch, pixels_BHWC=noise_tiles(batch), noise_key=0)
     return {**timed(lambda: generator(given, {}), batch, tiles), "batch": batch, "dtype": generator.dtype}
+
+
+def precision(bundle: Path) -> dict[str, float]:
+    """Grey levels between the generator's own types and float32, on two tiles of a made slide."""
+    slide = SyntheticSlide(size=Size(2048, 2048), tissue_share=0.9)
+    pixels = np.stack([slide.read_level(0, Region(700, x, SIDE, SIDE)) for x in (600, 1000)])
+    where = Region(0, 0, SIDE, SIDE)
+    tiles = (Tile(index=TileIndex(0, 0), read=where, write=where),) * 2
+    given = TileBatch(tiles=tiles, pixels_BHWC=pixels, noise_key=0)
+    fast, exact = (LoraTurbo(weights=bundle, dtype=t)(given, {}).astype(int) for t in ("auto", "float32"))
+    apart = np.abs(fast - exact)
+    return {"mean": apart.mean(), "largest": int(apart.max()), "output_std": exact.std()}
 
 
 def timed(run: object, batch: int, tiles: int) -> dict[str, float]:
@@ -151,6 +164,8 @@ def report(arguments: argparse.Namespace, bundle: Path) -> None:
     a, b = rows["published"], rows["ours"]
     ratios = {key: b[key] / a[key] for key in ("tiles_per_s", "peak_rss_gib")}
     print(f"ours / published: {json.dumps(ratios)}")
+    row = in_own_process("precision", arguments, bundle)
+    print(f"own types against float32, grey levels: {json.dumps(row)}")
     if arguments.slide:
         row = in_own_process("pipeline", arguments, bundle)
         print(f"pipeline: {json.dumps(row)}; efficiency {row['tiles_per_s'] / b['tiles_per_s']:.3f}")
@@ -163,12 +178,15 @@ def main() -> None:
     parser.add_argument("--slide", default="")
     parser.add_argument("--roi", default="")
     parser.add_argument("--bundle", type=Path, help="full-size bundle; made where it is missing (4.3 GB)")
-    parser.add_argument("--part", choices=["published", "ours", "pipeline"], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--part", choices=["published", "ours", "precision", "pipeline"], help=argparse.SUPPRESS
+    )
     arguments = parser.parse_args()
     if arguments.part:
         run = {
             "published": lambda: published(arguments.tiles, arguments.batch),
             "ours": lambda: ours(arguments.tiles, arguments.bundle),
+            "precision": lambda: precision(arguments.bundle),
             "pipeline": lambda: pipeline(arguments.slide, arguments.roi, arguments.bundle),
         }
         print(json.dumps(run[arguments.part]()))

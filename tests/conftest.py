@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,28 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"no real test data at {path}; set WSI_PIPELINE_TEST_DATA")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of tiny random weights, both directions with local encoders; not to be changed."""
+    from wsi_pipeline.models.bundle import save_bundle
+    from wsi_pipeline.models.random_weights import random_weights
+
+    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
+    save_bundle(random_weights(), path)
+    return path
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch on one thread: on tiny networks a second only waits, and other processes want the core."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def parity_folders(variable: str, default: str) -> list[Path]:

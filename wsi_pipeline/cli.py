@@ -71,6 +71,12 @@ WeightsOpt = Annotated[
         help="A bundle from `wsi-pipeline models import`; generator lora_turbo unless one is named."
     ),
 ]
+DeviceOpt = Annotated[
+    str | None, typer.Option(help="Of a learned generator: auto, cpu, cuda or cuda:N [default: auto].")
+]
+VramOpt = Annotated[
+    float | None, typer.Option("--max-vram", metavar="GIB", help="GPU memory that its batches may take.")
+]
 RoiOpt = Annotated[str | None, typer.Option(help="Y,X,HEIGHT,WIDTH in level-0 pixels, or a GeoJSON file.")]
 MaskOpt = Annotated[
     str | None, typer.Option(help="Tissue: detect, whole, or a GeoJSON file of hand-corrected tissue.")
@@ -88,6 +94,8 @@ def plan(
     mpp: MppOpt = None,
     generator: GeneratorOpt = None,
     weights: WeightsOpt = None,
+    device: DeviceOpt = None,
+    max_vram: VramOpt = None,
     roi: RoiOpt = None,
     mask: MaskOpt = None,
     overlay: Annotated[
@@ -102,7 +110,8 @@ def plan(
     from wsi_pipeline import api
     from wsi_pipeline.console import show_plan
 
-    resolved = _configured(config, settings, mpp, generator, weights, roi, mask)
+    named: dict[str, Any] = {"input.mpp": mpp, "input.roi": roi, "input.mask": mask}
+    resolved = _configured(config, settings, named | _generator(config, generator, weights, device, max_vram))
     picture = overlay or Path(f"{Path(slide).name}.overlay.png")
     show_plan(api.plan(slide, resolved, overlay=picture, geojson=geojson), log_format)
 
@@ -116,6 +125,8 @@ def convert(
     mpp: MppOpt = None,
     generator: GeneratorOpt = None,
     weights: WeightsOpt = None,
+    device: DeviceOpt = None,
+    max_vram: VramOpt = None,
     roi: RoiOpt = None,
     mask: MaskOpt = None,
     background: Annotated[
@@ -136,7 +147,9 @@ def convert(
     from wsi_pipeline import api
     from wsi_pipeline.console import Console
 
-    resolved = _configured(config, settings, mpp, generator, weights, roi, mask, background, workers)
+    named: dict[str, Any] = {"input.mpp": mpp, "input.roi": roi, "input.mask": mask}
+    named |= {"output.background": background, "run.workers": workers}
+    resolved = _configured(config, settings, named | _generator(config, generator, weights, device, max_vram))
     with Console(log_format) as console:
         result = api.convert(
             slide, out, resolved, overwrite=overwrite, restart=restart, seams=seams, emit=console.emit
@@ -204,31 +217,24 @@ def doctor(log_format: LogOpt = "text") -> None:
     show_doctor(log_format)
 
 
-def _configured(
-    path: Path | None,
-    settings: list[str] | None,
-    mpp: float | None,
-    generator: str | None,
-    weights: Path | None,
-    roi: str | None,
-    mask: str | None,
-    background: str | None = None,
-    workers: int | None = None,
-) -> ConvertConfig:
+def _configured(path: Path | None, settings: list[str] | None, named: dict[str, Any]) -> ConvertConfig:
     """The configuration with the named options laid over it; ``--set`` has the last word."""
     from wsi_pipeline.config import load_config
 
-    named: dict[str, Any] = {
-        "input.mpp": mpp,
-        "generator.name": generator or _implied(path, weights),
-        "generator.options.weights": None if weights is None else str(weights),
-        "input.roi": roi,
-        "input.mask": mask,
-        "output.background": background,
-        "run.workers": workers,
-    }
     given = {key: value for key, value in named.items() if value is not None}
     return load_config(path, settings or [], given)
+
+
+def _generator(
+    path: Path | None, name: str | None, weights: Path | None, device: str | None, max_vram: float | None
+) -> dict[str, Any]:
+    """The options that speak of the generator, as settings."""
+    return {
+        "generator.name": name or _implied(path, weights),
+        "generator.options.weights": None if weights is None else str(weights),
+        "generator.options.device": device,
+        "generator.options.max_vram": max_vram,
+    }
 
 
 def _implied(path: Path | None, weights: Path | None) -> str | None:

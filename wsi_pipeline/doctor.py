@@ -62,8 +62,8 @@ def _devices() -> Finding:
         return Finding(
             part="devices",
             ok=True,
-            state=f"{state}; torch is not installed, which no built-in generator needs",
-            remedy="for learned generators: pip install 'wsi-pipeline[train]'",
+            state=f"{state}; torch is not installed, which only learned generators need",
+            remedy="for learned generators: pip install 'wsi-pipeline[models]'",
         )
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return Finding(part="devices", ok=True, state=f"{state}; GPUs: {', '.join(names) or 'none'}")

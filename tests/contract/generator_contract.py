@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -14,19 +15,23 @@ from wsi_pipeline.core.protocols import Context, Generator, Tile, TileBatch
 MPP = (8.0, 8.0)
 
 
-def tiles_of(generator: Generator, count: int) -> tuple[Tile, ...]:
-    """A row of tiles on the generator's own grid."""
+def tiles_of(generator: Generator, columns: Sequence[int]) -> tuple[Tile, ...]:
+    """Tiles of one row of the generator's own grid."""
     side, halo = generator.spec.tile, generator.spec.halo
-    regions = [Region(0, col * (side - 2 * halo), side, side) for col in range(count)]
+    regions = [Region(0, col * (side - 2 * halo), side, side) for col in columns]
     return tuple(
         Tile(index=TileIndex(0, col), read=region, write=region.grown(-halo))
-        for col, region in enumerate(regions)
+        for col, region in zip(columns, regions, strict=True)
     )
 
 
-def batch_of(generator: Generator, pixels_BHWC: np.ndarray, used: int | None = None) -> TileBatch:
-    count = len(pixels_BHWC) if used is None else used
-    return TileBatch(tiles=tiles_of(generator, count), pixels_BHWC=pixels_BHWC, noise_key=7)
+def batch_of(
+    generator: Generator, pixels_BHWC: np.ndarray, columns: Sequence[int] | None = None
+) -> TileBatch:
+    """``columns``: where on the grid tiles lie (noise belongs to the place); a tail has fewer than pixels."""
+    if columns is None:
+        columns = range(len(pixels_BHWC))
+    return TileBatch(tiles=tiles_of(generator, columns), pixels_BHWC=pixels_BHWC, noise_key=7)
 
 
 def stained(side: int, count: int, seed: int = 0) -> np.ndarray:
@@ -126,11 +131,12 @@ class GeneratorContract:
         count = len(pixels)
         wanted = generator(batch_of(generator, pixels), context)
         allowed = 0 if generator.spec.exact else 1
-        backwards = generator(batch_of(generator, pixels[::-1]), context)[::-1]
-        padded = generator(batch_of(generator, np.repeat(pixels[:1], count, axis=0), used=1), context)
+        order = range(count)[::-1]
+        backwards = generator(batch_of(generator, pixels[::-1], order), context)[::-1]
+        padded = generator(batch_of(generator, np.repeat(pixels[:1], count, axis=0), [0]), context)
         others = stained(generator.spec.tile, count, seed=99)
         others[-1] = pixels[0]
-        strange = generator(batch_of(generator, others), context)
+        strange = generator(batch_of(generator, others, order), context)
         for result, tile in ((backwards[0], wanted[0]), (padded[0], wanted[0]), (strange[-1], wanted[0])):
             assert np.abs(result.astype(int) - tile).max() <= allowed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -79,3 +80,12 @@ def test_shipped_configs_are_complete(path: Path) -> None:
         return {k: keys(v) for k, v in tree.items()} if isinstance(tree, dict) else None
 
     assert keys(given) == keys(full), "a shipped config spells out every setting"
+
+
+def test_the_config_of_the_learned_generator_spells_out_every_option() -> None:
+    from wsi_pipeline.generators.lora_turbo import LoraTurbo
+
+    given = load_config(CONFIGS / "diffusion_ffpe.yaml").generator
+    defaults = {field.name: field.default for field in dataclasses.fields(LoraTurbo) if field.init}
+    assert given.name == "lora_turbo"
+    assert dict(given.options) == {**defaults, "weights": "ffpe.safetensors"}

@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -112,8 +113,8 @@ class LoraTurbo:
         _check_tile(self.side, self.halo)
         for name in ("batch", "max_vram", "mpp"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"generator lora_turbo: {name}={value}: must be above 0")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"generator lora_turbo: {name}={value}: must be above 0 and finite")
         if not 0.0 <= self.gamma <= 10.0:
             raise ConfigError(
                 f"generator lora_turbo: gamma={self.gamma}: must be between 0 and 10; 1 is as trained"
@@ -124,7 +125,7 @@ class LoraTurbo:
     @property
     def side(self) -> int:
         """Side of a tile in pixels."""
-        return self.tile or self._facts.tile
+        return self._facts.tile if self.tile is None else self.tile
 
     @property
     def _overlap(self) -> int:

@@ -92,7 +92,7 @@ class Translator(nn.Module):
 
     ``encoder``, ``decoder``, ``quant_conv``, ``post_quant_conv``: of the global VAE, the decoder with
     ``skip_conv_1..4``; ``local_encoder``: for the cells, None for a generator that sees the whole tile only;
-    ``text``: embedding [1, tokens, width]. Each network may have its own floating-point type.
+    ``text``: embedding [1, tokens, width]. Each part of a network may have its own floating-point type.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Translator(nn.Module):
 
     def posterior(self, h: Tensor) -> Posterior:
         """``quant_conv`` once on the sum (its bias counts once)."""
-        moments = self.quant_conv(h.to(_dtype(self.quant_conv))).float()
+        moments = _run(self.quant_conv, h).float()
         mean, logvar = moments.chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(*LOGVAR_LIMITS))
 
@@ -161,22 +161,29 @@ class Translator(nn.Module):
     def decode(self, x0: Tensor, skips: tuple[Tensor, ...], gamma: float = 1.0) -> Tensor:
         """Pixels [B, 3, H, W] float32, not clamped, from scaled latents and the encoder's skips."""
         decoder = self.decoder
-        u = self.post_quant_conv((x0 / self.scaling_factor).to(_dtype(self.post_quant_conv)))
-        u = decoder.mid_block(decoder.conv_in(u.to(_dtype(decoder))))
+        u = _run(decoder.conv_in, _run(self.post_quant_conv, x0 / self.scaling_factor))
+        u = _run(decoder.mid_block, u)
         for k, (block, skip) in enumerate(zip(decoder.up_blocks, reversed(skips), strict=True), start=1):
-            u = block(u + getattr(decoder, f"skip_conv_{k}")(skip if gamma == 1.0 else skip * gamma))
-        u = decoder.conv_act(decoder.conv_norm_out(u))
-        return decoder.conv_out(u.to(_dtype(decoder.conv_out))).float()
+            skipped = _run(getattr(decoder, f"skip_conv_{k}"), skip if gamma == 1.0 else skip * gamma)
+            u = _run(block, u.to(skipped.dtype) + skipped)
+        u = decoder.conv_act(_run(decoder.conv_norm_out, u))
+        return _run(decoder.conv_out, u).float()
 
 
 def _encode(encoder: Any, x: Tensor) -> Features:
-    u = encoder.conv_in(x.to(_dtype(encoder)))
+    u = _run(encoder.conv_in, x)
     skips = []
     for block in encoder.down_blocks:
+        u = u.to(_dtype(block))
         skips.append(u)
         u = block(u)
-    u = encoder.conv_norm_out(encoder.mid_block(u))
-    return Features(encoder.conv_out(encoder.conv_act(u)), tuple(skips))
+    u = _run(encoder.conv_norm_out, _run(encoder.mid_block, u))
+    return Features(_run(encoder.conv_out, encoder.conv_act(u)), tuple(skips))
+
+
+def _run(module: nn.Module, x: Tensor) -> Tensor:
+    """A part of a network in its own floating-point type."""
+    return module(x.to(_dtype(module)))
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -25,8 +25,8 @@ _IN_FLOAT32 = re.compile(
     r"unet\.conv_out|.*quant_conv"
     r"|.*encoder\.(conv_in|mid_block|conv_norm_out|conv_out)|.*decoder\.(conv_in|mid_block|conv_out)"
 )
-"""Parts that stay float32: the ends of the networks, where rounding reaches all that follows, or nothing smooths
-it. They are 5 % of the arithmetic, and for them bfloat16 comes a fifth closer to float32."""
+"""Parts that stay float32: the ends of the networks, where rounding reaches all that follows, or nothing
+smooths it. They are 5 % of the arithmetic, and for them bfloat16 comes a fifth closer to float32."""
 
 
 def assemble(

@@ -212,16 +212,14 @@ def disagreement(window: Window, grid: TileGrid, generator: Cached) -> list[floa
     return [float(total / count) for total, count in sums if count]
 
 
-def schemes(stage: str, model: str) -> list[Scheme]:
-    """Grids of the issue, those of an average over offset grids, or the finest, by stage of the run."""
-    if stage == "cycle":
-        half = {s: ((0, 0), (s // 2, s // 2)) for s in (512, 448, 384)}
-        four = tuple(itertools.product((0, 256), repeat=2))
-        known = [Scheme(stride=s, offsets=half[s]) for s in half] + [Scheme(stride=512, offsets=four)]
-        return known if model == "tiny" else known[1:3]
-    strides = (512, 448, 384, 320, 256) + ((192,) if model == "tiny" else ())
-    found = [Scheme(stride=s, halo=h) for s in strides for h in (0, 16, 32)]
-    return [scheme for scheme in found if scheme.overlap >= 0]
+def schemes(stage: str, strides: list[int]) -> list[Scheme]:
+    """Grids of each stride with each halo that leaves an overlap, or averages over two or four grids."""
+    if not stage.startswith("cycle"):
+        found = [Scheme(stride=s, halo=h) for s in strides for h in (0, 16, 32)]
+        return [scheme for scheme in found if scheme.overlap >= 0]
+    two = [Scheme(stride=s, offsets=((0, 0), (s // 2, s // 2))) for s in strides if s >= 384]
+    four = tuple(itertools.product((0, TILE // 2), repeat=2))
+    return two + [Scheme(stride=s, offsets=four) for s in strides if s == TILE]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -236,7 +234,7 @@ def main(args: argparse.Namespace) -> None:
     done = args.out.read_text().splitlines() if args.out.exists() else []
     seen = {json.dumps(json.loads(line)["key"]) for line in done}
     for stage, strength in itertools.product(args.stages, args.strengths):
-        for scheme in schemes("cycle" if stage.startswith("cycle") else "grid", args.model):
+        for scheme in schemes(stage, args.strides):
             key = [
                 stage,
                 name,
@@ -277,6 +275,7 @@ if __name__ == "__main__":
     parser.add_argument("--side", type=int, default=2560, help="of the field, about")
     parser.add_argument("--model", choices=("tiny", "full"), default="tiny")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--strides", type=int, nargs="+", default=[512, 448, 384, 320, 256])
     parser.add_argument("--strengths", type=float, nargs="+", default=[1.0, 0.25])
     parser.add_argument("--fields", type=int, default=2, help="of the grid shift")
     parser.add_argument(

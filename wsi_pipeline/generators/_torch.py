@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -28,6 +30,7 @@ __all__ = [
     "choose_device",
     "choose_dtype",
     "from_uint8",
+    "one_core_each",
     "to_uint8",
 ]
 
@@ -36,6 +39,9 @@ Rounding: TypeAlias = Literal["round", "truncate"]
 
 MOST_TILES = 16
 """More tiles a call do not make a large GPU faster, they only wait for each other."""
+
+CORES: int = torch.get_num_threads()
+"""Threads that a CPU gives this process; asked once, as ``one_core_each`` changes torch's answer."""
 
 log = logging.getLogger(__name__)
 
@@ -80,13 +86,14 @@ def _fast_dtype(device: torch.device) -> torch.dtype:
 
 @functools.cache  # asked again when the weights are loaded, it would count them twice
 def batch_for(device: torch.device, weight_bytes: int, tile_bytes: int, max_vram: float | None) -> int:
-    """Tiles a call that fit into a GPU's free memory, or into ``max_vram`` GiB of it; a power of two up to
-    16.
+    """Tiles that fit into memory at once: a guess on the small side, which ``TileRunner`` mends if it fails.
 
-    A guess that errs on the small side: ``TileRunner`` halves it should it not hold. 1 on a CPU.
+    On a GPU a power of two up to ``MOST_TILES``, of its free memory or ``max_vram`` GiB of it. On a CPU one
+    for each core, as long as half of the machine's memory holds them.
     """
     if device.type != "cuda":
-        return 1
+        installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return max(1, min(CORES, (installed // 2 - weight_bytes) // tile_bytes))
     free, _ = torch.cuda.mem_get_info(device)
     allowed = free if max_vram is None else min(free, int(max_vram * 2**30))
     tiles = max(1, int(0.9 * allowed - weight_bytes) // tile_bytes)
@@ -105,18 +112,28 @@ def to_uint8(y: torch.Tensor, rounding: Rounding) -> torch.Tensor:
     return (levels.round() if rounding == "round" else levels).to(torch.uint8).permute(0, 2, 3, 1)
 
 
+def one_core_each(lanes: int) -> ThreadPoolExecutor:
+    """Threads in which torch uses one core.
+
+    Why: sums over several cores depend on how many there are (GroupNorm in bfloat16: 36 % of the pixels, up
+    to 5 levels), so a run with another number of workers would make other pixels. Tiles side by side on one
+    core each are no slower than tile after tile on all of them.
+    """
+    return ThreadPoolExecutor(lanes, "tile", torch.set_num_threads, (1,))
+
+
 @dataclass(slots=True, kw_only=True)
 class TileRunner:
-    """Runs a network over tiles in micro-batches of one constant size, smaller after running out of memory.
+    """Runs a network over tiles in micro-batches of one constant size, fewer at a time if memory runs out.
 
     ``network``: [n, H, W, 3] uint8 and extras [n, ...] or None, on ``device``, -> [n, H, W, 3] uint8, where n
-    is always ``micro_batch``. On a CPU that is 1: a larger one is not faster there, and a tile computed alone
-    has the same bits whatever else is in the batch.
+    is always ``micro_batch``. ``lanes``: micro-batches that a CPU works on at once, each on one core.
     """
 
     network: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
     device: torch.device
-    micro_batch: int
+    micro_batch: int = 1
+    lanes: int = 1
 
     def __call__(self, pixels_BHWC: U8_BHWC, extra: npt.NDArray[np.float32] | None = None) -> U8_BHWC:
         """Translate all tiles; ``extra`` [B, ...] goes along with them, e.g. noise.
@@ -126,29 +143,44 @@ class TileRunner:
         while True:
             try:
                 return self._run(pixels_BHWC, extra)
-            except torch.OutOfMemoryError as error:
-                if self.micro_batch == 1:
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                if self.micro_batch == self.lanes == 1:
                     raise GeneratorError(
                         f"{self.device}: out of memory with a single tile of {pixels_BHWC.shape[1]} px; "
                         "close other programs on it, or give dtype=bfloat16 or device=cpu"
                     ) from error
             # Outside the handler: the traceback kept the tensors of the failed run alive.
+            self._shrink()
+
+    def _shrink(self) -> None:
+        if self.micro_batch > 1:
             self.micro_batch //= 2
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            log.warning("%s: out of memory, going on with %d tiles at a time", self.device, self.micro_batch)
+        else:
+            self.lanes //= 2
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        tiles = self.micro_batch * self.lanes
+        log.warning("%s: out of memory, going on with %d tiles at a time", self.device, tiles)
 
     def _run(self, pixels_BHWC: U8_BHWC, extra: npt.NDArray[np.float32] | None) -> U8_BHWC:
         result = np.empty_like(pixels_BHWC)
-        made = []
-        with torch.inference_mode():
-            for start in range(0, len(pixels_BHWC), self.micro_batch):
-                rows = np.arange(start, start + self.micro_batch).clip(max=len(pixels_BHWC) - 1)
+
+        def made(start: int) -> torch.Tensor:
+            rows = np.arange(start, start + self.micro_batch).clip(max=len(pixels_BHWC) - 1)
+            with torch.inference_mode():
                 noise = None if extra is None else self._sent(extra[rows])
-                made.append((start, self._fetched(self.network(self._sent(pixels_BHWC[rows]), noise))))
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-        for start, pixels in made:
+                return self._fetched(self.network(self._sent(pixels_BHWC[rows]), noise))
+
+        starts = range(0, len(pixels_BHWC), self.micro_batch)
+        if self.device.type == "cpu":
+            with one_core_each(self.lanes) as pool:
+                parts = list(pool.map(made, starts))
+        else:
+            parts = [made(start) for start in starts]
+            torch.cuda.synchronize(self.device)
+        for start, pixels in zip(starts, parts, strict=True):
             part = result[start : start + self.micro_batch]
             part[:] = pixels.numpy()[: len(part)]
         return result
@@ -164,3 +196,8 @@ class TileRunner:
             return tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """torch has a class for a GPU's, and only a message for the CPU's."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

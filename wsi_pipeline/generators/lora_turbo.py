@@ -7,8 +7,8 @@ Speed. Adapters are merged into the weights when they are loaded; only what one 
 networks run in bfloat16 or float16 where the device is good at it, in channels-last order, with the last
 layers and the one-step formula in float32 (an error of eps is multiplied by 14.6).
 
-Exactness. On a CPU tiles run one at a time, so their bits cannot depend on the batch. On CUDA kernels are
-chosen by batch size, and the promise is one grey level.
+Exactness. On a CPU each tile runs alone on one core, so its bits depend neither on the batch nor on the
+number of cores or workers. On CUDA kernels are chosen by batch size, and the promise is one grey level.
 
 Glass. The published model was not trained to keep glass as it is. What it makes of a tile of this slide's
 glass colour is measured once, and the slide's background is scaled alike, so that no staircase of tile
@@ -23,6 +23,7 @@ import functools
 import hashlib
 import json
 import math
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +45,7 @@ from wsi_pipeline.generators._torch import (
     choose_device,
     choose_dtype,
     from_uint8,
+    one_core_each,
     to_uint8,
 )
 from wsi_pipeline.models.assemble import assemble
@@ -209,19 +211,20 @@ class LoraTurbo:
 
     def _runner(self, count: int) -> TileRunner:
         device = choose_device(self.device)
-        return _runner(
-            self.weights,
-            self._facts.identity,
-            self.direction,
-            self.prompt,
-            device,
-            choose_dtype(self.dtype, device),
-            choose_dtype(self.unet_dtype, device),
-            self.compile,
-            self.gamma,
-            self.rounding,
-            1 if device.type == "cpu" else min(self.spec.batch, count),
-        )
+        with _LOADING:
+            return _runner(
+                self.weights,
+                self._facts.identity,
+                self.direction,
+                self.prompt,
+                device,
+                choose_dtype(self.dtype, device),
+                choose_dtype(self.unet_dtype, device),
+                self.compile,
+                self.gamma,
+                self.rounding,
+                min(self.spec.batch, count),
+            )
 
     def _noise(self, batch: TileBatch) -> npt.NDArray[np.float32] | None:
         if self.latent == "mode":
@@ -253,8 +256,8 @@ class LoraTurbo:
 
 
 def _check_tile(side: int, halo: int) -> None:
-    if side < SIZE_MULTIPLE or side % SIZE_MULTIPLE:
-        below = max(side // SIZE_MULTIPLE, 1) * SIZE_MULTIPLE
+    if side < STRIDE_MULTIPLE or side % SIZE_MULTIPLE:
+        below = max(side // SIZE_MULTIPLE * SIZE_MULTIPLE, STRIDE_MULTIPLE)
         raise ConfigError(
             f"generator lora_turbo: tile={side}: must be a multiple of {SIZE_MULTIPLE}; "
             f"give {below} or {below + SIZE_MULTIPLE}"
@@ -263,6 +266,10 @@ def _check_tile(side: int, halo: int) -> None:
         raise ConfigError(
             f"generator lora_turbo: halo={halo}: must be a multiple of {LATENT_PX} below {side // 2}"
         )
+
+
+_LOADING = threading.Lock()
+"""Without it two threads that ask at once would each load the weights."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -281,7 +288,10 @@ def _network(
     if load_facts(path).identity != identity:
         raise CheckpointError(f"{path}: changed since the run began; start it again")
     text = next((p.embedding for p in weights.prompts.values() if p.text == prompt), None)
-    net = assemble(weights, direction, text=text, dtype=dtype, unet_dtype=unet_dtype, device=device)
+    with one_core_each(1) as pool:  # merging the adapters sums, too
+        net = pool.submit(
+            assemble, weights, direction, text=text, dtype=dtype, unet_dtype=unet_dtype, device=device
+        ).result()
     return torch.compile(net) if compiled else net
 
 
@@ -297,7 +307,7 @@ def _runner(
     compiled: bool,
     gamma: float,
     rounding: Rounding,
-    micro_batch: int,
+    batch: int,
 ) -> TileRunner:
     """A runner, kept because it remembers that memory ran out."""
     net = _network(path, identity, direction, prompt, device, dtype, unet_dtype, compiled)
@@ -305,4 +315,6 @@ def _runner(
     def translate(pixels_BHWC: Tensor, noise: Tensor | None) -> Tensor:
         return to_uint8(net(from_uint8(pixels_BHWC), noise, gamma), rounding)
 
-    return TileRunner(network=translate, device=device, micro_batch=micro_batch)
+    if device.type == "cpu":
+        return TileRunner(network=translate, device=device, lanes=batch)
+    return TileRunner(network=translate, device=device, micro_batch=batch)

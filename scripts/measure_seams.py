@@ -1,6 +1,7 @@
 """Seam figures of the LoRA generator with random weights on tile grids side by side, one JSON line each:
 
     python scripts/measure_seams.py SECTION.jpg --at 6440 7079 --out figures.jsonl
+    python scripts/measure_seams.py TILE.jpg --against OUTPUT.jpg
 
 Grids are moved so that tiles of all halos begin at the same pixels, and a tile is generated once for its
 pixels: a run that was stopped goes on. What came of it: tests/benchmarks/lora_turbo_seams.md.
@@ -13,6 +14,7 @@ import functools
 import hashlib
 import itertools
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,13 +29,15 @@ from wsi_pipeline.core.geometry import Region, Size, TileIndex
 from wsi_pipeline.core.grid import TileGrid
 from wsi_pipeline.core.plan import SlidePlan
 from wsi_pipeline.core.protocols import U8_BHWC, U8_HWC, Context, GeneratorSpec, TileBatch, View
-from wsi_pipeline.evaluation.fields import OPTICAL_DENSITY, lattice_lines, render_field
+from wsi_pipeline.evaluation.fields import MARGIN, OPTICAL_DENSITY, Strip, lattice_lines, render_field
+from wsi_pipeline.evaluation.profiles import border_gradient, line_excess, profile_strip
 from wsi_pipeline.evaluation.seams import SeamBudget, colour_distance, line_figures
 from wsi_pipeline.generators._torch import from_uint8, to_uint8
 from wsi_pipeline.models.assemble import assemble
 from wsi_pipeline.models.layout import SD_TURBO_UNET, SD_TURBO_VAE
 from wsi_pipeline.models.random_weights import random_weights
 from wsi_pipeline.readers import open_slide
+from wsi_pipeline.readers.array import ArraySlide
 from wsi_pipeline.readers.lattice import SlideView
 
 TILE, CELL = 512, 128
@@ -212,6 +216,20 @@ def disagreement(window: Window, grid: TileGrid, generator: Cached) -> list[floa
     return [float(total / count) for total, count in sums if count]
 
 
+def inner_lines(source_HWC: U8_HWC, output_HWC: U8_HWC) -> dict[str, Any]:
+    """M1 and M2 of the cell lines inside one tile that somebody's trained weights made."""
+    view, made = (SlideView(ArraySlide(pixels, mpp=MPP)) for pixels in (source_HWC, output_HWC))
+    grid = TileGrid(size=view.size, tile=TILE, overlap=0)
+    profiles = []
+    for axis, start in itertools.product(("x", "y"), range(0, TILE, 64)):
+        across = Region(start, -MARGIN, 64, TILE + 2 * MARGIN)
+        along = Region(-MARGIN, start, TILE + 2 * MARGIN, 64)
+        strip = Strip(axis=axis, region=across if axis == "x" else along, origin=0)
+        profiles.append(profile_strip(view, made, strip, grid, lattice_lines(grid, axis, CELL)))
+    found = [profile for profile in profiles if profile]
+    return {"cell_gradient": border_gradient(found, "cell"), "cell_excess": line_excess(found, "cell")}
+
+
 def schemes(stage: str, strides: list[int]) -> list[Scheme]:
     """Grids of each stride with each halo that leaves an overlap, or averages over two or four grids."""
     if not stage.startswith("cycle"):
@@ -224,6 +242,11 @@ def schemes(stage: str, strides: list[int]) -> list[Scheme]:
 
 def main(args: argparse.Namespace) -> None:
     slide = open_slide(args.section, mpp=args.mpp)
+    if args.against:
+        other = open_slide(args.against, mpp=args.mpp)
+        pair = [s.read_level(0, Region.of(s.levels[0].size)) for s in (slide, other)]
+        sys.stdout.write(json.dumps(inner_lines(*pair), indent=1) + "\n")
+        return
     whole = Region(
         args.at[0] - BEFORE, args.at[1] - BEFORE, args.side + BEFORE + AFTER, args.side + BEFORE + AFTER
     )
@@ -270,8 +293,11 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("section", type=Path, help="frozen section, any format that the program reads")
+    parser.add_argument("--against", type=Path, help="what trained weights made of it, where it is one tile")
     parser.add_argument("--mpp", type=float, default=0.687, help="its µm per pixel")
-    parser.add_argument("--at", type=int, nargs=2, required=True, help="y x of the field at 0.5 µm per pixel")
+    parser.add_argument(
+        "--at", type=int, nargs=2, default=(TILE, TILE), help="y x of the field at 0.5 µm per pixel"
+    )
     parser.add_argument("--side", type=int, default=2560, help="of the field, about")
     parser.add_argument("--model", choices=("tiny", "full"), default="tiny")
     parser.add_argument("--seed", type=int, default=0)

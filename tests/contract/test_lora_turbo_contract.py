@@ -369,3 +369,12 @@ def test_a_foreign_context_is_refused(tiny_bundle: Path, context: dict[str, Any]
 def test_both_directions_run_from_one_bundle(tiny_bundle: Path, eight: np.ndarray) -> None:
     results = [made(tiny_bundle, direction=d)(batch_at(eight[:1], [0]), {}) for d in DIRECTIONS]
     assert not np.array_equal(*results)
+
+
+def test_values_that_are_not_numbers_are_no_pixels(tmp_path: Path, eight: np.ndarray) -> None:
+    weights, bundle = random_weights(), tmp_path / "nan.safetensors"
+    tensors = dict(weights.tensors)
+    tensors["unet.conv_out.bias"] = torch.full((4,), torch.nan)
+    save_bundle(replace(weights, tensors=tensors), bundle)
+    with pytest.raises(GeneratorError, match="not numbers; .*dtype=float32"):
+        made(bundle)(batch_at(eight[:1], [0]), {})

@@ -313,7 +313,13 @@ def _runner(
     net = _network(path, identity, direction, prompt, device, dtype, unet_dtype, compiled)
 
     def translate(pixels_BHWC: Tensor, noise: Tensor | None) -> Tensor:
-        return to_uint8(net(from_uint8(pixels_BHWC), noise, gamma), rounding)
+        y = net(from_uint8(pixels_BHWC), noise, gamma)
+        if y.isnan().any():
+            raise GeneratorError(
+                f"{path}: makes values that are not numbers; its weights are damaged, or too large for "
+                f"{dtype}: give dtype=float32"
+            )
+        return to_uint8(y, rounding)
 
     if device.type == "cpu":
         return TileRunner(network=translate, device=device, lanes=batch)

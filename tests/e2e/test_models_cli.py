@@ -270,14 +270,19 @@ def test_without_the_frameworks_the_remedy_is_named(
 
 
 def test_weights_imply_their_generator(tmp_path: Path) -> None:
-    def resolved(**given: Any) -> tuple[str, Any]:
-        options: dict[str, Any] = dict.fromkeys(("path", "settings", "mpp", "generator", "roi", "mask"))
-        config = cli._configured(**{**options, "weights": Path("w.safetensors"), **given})
+    def resolved(
+        path: Path | None = None,
+        name: str | None = None,
+        weights: Path | None = Path("w.safetensors"),
+        settings: list[str] | None = None,
+    ) -> tuple[str, Any]:
+        named = cli._generator(path, name, weights, device=None, max_vram=None)
+        config = cli._configured(path, settings, named)
         return config.generator.name, config.generator.options.get("weights")
 
     assert resolved() == ("lora_turbo", "w.safetensors")
     assert resolved(weights=None) == ("stain_transfer", None)
-    assert resolved(generator="my_lab.gan:MyGan") == ("my_lab.gan:MyGan", "w.safetensors")
+    assert resolved(name="my_lab.gan:MyGan") == ("my_lab.gan:MyGan", "w.safetensors")
     assert resolved(settings=["generator.name=identity"])[0] == "identity"
     file = tmp_path / "c.yaml"
     file.write_text("generator: {name: 'my_lab.gan:MyGan', options: {weights: old}}")

@@ -61,6 +61,10 @@ BYTES_A_PIXEL = 2000  # of activations, for each byte of the type; measured on f
 STRIDE_MULTIPLE = (
     64  # the UNet halves the latent three times: other strides change its phase from tile to tile
 )
+HALO = (
+    16  # puts tile borders beside, not onto, the cell lines of neighbouring tiles; at stride 384 it is free
+)
+SMALLEST_WITH_HALO = 256
 GLASS_SPREAD = (
     12  # grey levels between the 5th and 95th percentile of translated glass, above which it is no glass
 )
@@ -71,14 +75,14 @@ GLASS_MINIMUM = 200
 class LoraTurbo:
     """One-step LoRA diffusion generator (Diffusion-FFPE): changes structure; needs imported weights.
 
-    ``weights``: bundle made by ``wsi-pipeline models import``; ``direction``: ``a2b`` frozen to FFPE, ``b2a``
-    back; ``prompt``: one of the bundle's captions (None: the direction's); ``latent``: ``mode``, or
+    ``weights``: bundle made by ``wsi-pipeline models import``; ``direction``: ``a2b`` frozen to FFPE,
+    ``b2a`` back; ``prompt``: one of the bundle's captions (None: the direction's); ``latent``: ``mode``, or
     ``sample`` with noise that belongs to the slide; ``gamma``: strength of the skip connections;
     ``rounding``: of the last step, ``truncate`` as the published program; ``device``: auto, cpu, cuda,
     cuda:N; ``batch``: tiles a call (None: from free memory, at most ``max_vram`` GiB); ``compile``:
     torch.compile; ``tile``, ``mpp``: None for the bundle's; ``halo``: pixels around a tile that are read and
-    thrown away. Raises ConfigError for values that cannot work, CheckpointError where the bundle is missing,
-    damaged or of another kind.
+    thrown away, None for 16 where the tile has 256 or more. Raises ConfigError for values that cannot work,
+    CheckpointError where the bundle is missing, damaged or of another kind.
     """
 
     weights: Path
@@ -94,7 +98,7 @@ class LoraTurbo:
     max_vram: float | None = None
     compile: bool = False
     tile: int | None = None
-    halo: int = 0
+    halo: int | None = None
     mpp: float | None = None
     _facts: BundleFacts = field(init=False, repr=False, compare=False)
 
@@ -112,7 +116,7 @@ class LoraTurbo:
                 f"{self.weights}: holds no embedding of '{self.prompt}', only of {known}; import the "
                 "checkpoint again with --prompt-a2b"
             )
-        _check_tile(self.side, self.halo)
+        _check_tile(self.side, self.border)
         for name in ("batch", "max_vram", "mpp"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -130,10 +134,15 @@ class LoraTurbo:
         return self._facts.tile if self.tile is None else self.tile
 
     @property
+    def border(self) -> int:
+        """The halo: ``HALO`` where the tile is large enough for it, unless another is given."""
+        return self.halo if self.halo is not None else HALO if self.side >= SMALLEST_WITH_HALO else 0
+
+    @property
     def _overlap(self) -> int:
-        """About a quarter of what a tile writes, so that the stride is a multiple of ``STRIDE_MULTIPLE``."""
-        written = self.side - 2 * self.halo
-        stride = max(1, written * 3 // 4 // STRIDE_MULTIPLE) * STRIDE_MULTIPLE
+        """A fifth of what a tile writes or more, so that the stride is a multiple of ``STRIDE_MULTIPLE``."""
+        written = self.side - 2 * self.border
+        stride = max(1, written * 4 // 5 // STRIDE_MULTIPLE) * STRIDE_MULTIPLE
         return max(0, written - stride)
 
     @property
@@ -149,7 +158,7 @@ class LoraTurbo:
         return GeneratorSpec(
             kind="lora_turbo",
             tile=self.side,
-            halo=self.halo,
+            halo=self.border,
             align=STRIDE_MULTIPLE,
             mpp=(mpp, mpp),
             batch=self.batch or self._automatic_batch(device),

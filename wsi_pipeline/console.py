@@ -205,7 +205,7 @@ def show_bundle(facts: BundleFacts, log_format: str) -> None:
                 f"{facts.source}, adapters of rank {facts.rank_unet} (UNet) and {facts.rank_vae} (VAE)",
             ),
             ("base", f"{facts.base_name}, digest {facts.base_digest}"),
-            ("digest", facts.digest),
+            ("weights", f"{facts.identity} (as in manifests)"),
             ("licence", facts.licence),
         ]
     )

@@ -63,7 +63,7 @@ def _devices() -> Finding:
             part="devices",
             ok=True,
             state=f"{state}; torch is not installed, which only learned generators need",
-            remedy="for learned generators: pip install 'wsi-pipeline[models]'",
+            remedy="for learned generators: in its folder, pip install -c constraints.txt '.[models]'",
         )
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return Finding(part="devices", ok=True, state=f"{state}; GPUs: {', '.join(names) or 'none'}")

@@ -95,11 +95,11 @@ def import_model(
     ``prompts``: caption of each direction, which must be those of the training. Raises ConfigError, and
     CheckpointError for a file or base that does not fit.
     """
+    _need_frameworks()
     from wsi_pipeline.models.checkpoint_file import read_checkpoint
     from wsi_pipeline.models.published import import_checkpoint
     from wsi_pipeline.models.weights import TurboWeights, tensors_digest
 
-    _need_frameworks()
     _check_size(mpp, tile)
     check_target(Path(out), overwrite)
     folder = find_base(base)
@@ -128,9 +128,9 @@ def export_model(bundle: str | Path, out: str | Path, *, overwrite: bool = False
 
     Raises ConfigError where ``out`` exists (without ``overwrite``), and CheckpointError.
     """
+    _need_frameworks()
     from wsi_pipeline.models.published import export_published
 
-    _need_frameworks()
     path = Path(out)
     if path.exists() and not overwrite:
         raise ConfigError(f"{path}: exists; choose another name, or replace the file with --overwrite")
@@ -154,15 +154,16 @@ def show_model(bundle: str | Path) -> BundleFacts:
 def _need_frameworks() -> None:
     if lacking := [name for name in FRAMEWORKS if importlib.util.find_spec(name) is None]:
         raise ConfigError(
-            f"wsi-pipeline models: needs {', '.join(lacking)}; pip install 'wsi-pipeline[models]'"
+            f"wsi-pipeline models: needs {', '.join(lacking)}; "
+            "in its folder, pip install -c constraints.txt '.[models]'"
         )
 
 
 def _check_size(mpp: float, tile: int) -> None:
     from wsi_pipeline.models.lora_turbo import SIZE_MULTIPLE
 
-    if not (math.isfinite(mpp) and mpp > 0):
-        raise ConfigError(f"--mpp {mpp}: is no pixel size; give µm per pixel, e.g. {MPP}")
+    if not (math.isfinite(mpp) and 0.05 <= mpp <= 5):
+        raise ConfigError(f"--mpp {mpp}: is no pixel size of tissue; give µm per pixel, e.g. {MPP} for 20x")
     if tile < SIZE_MULTIPLE or tile % SIZE_MULTIPLE:
         below, above = (tile // SIZE_MULTIPLE + k for k in (0, 1))
         nearest = " or ".join(str(count * SIZE_MULTIPLE) for count in (below, above) if count > 0)

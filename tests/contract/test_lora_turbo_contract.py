@@ -23,6 +23,7 @@ from wsi_pipeline.generators.lora_turbo import LoraTurbo
 from wsi_pipeline.models.bundle import load_facts, save_bundle
 from wsi_pipeline.models.layout import DIRECTIONS
 from wsi_pipeline.models.random_weights import random_weights
+from wsi_pipeline.models.weights import tensors_digest
 
 
 def _beside(name: str) -> ModuleType:
@@ -376,6 +377,17 @@ def test_values_that_are_not_numbers_are_no_pixels(tmp_path: Path, eight: np.nda
     weights, bundle = random_weights(), tmp_path / "nan.safetensors"
     tensors = dict(weights.tensors)
     tensors["unet.conv_out.bias"] = torch.full((4,), torch.nan)
-    save_bundle(replace(weights, tensors=tensors), bundle)
+    save_bundle(replace(weights, tensors=tensors, digest=tensors_digest(tensors)), bundle)
     with pytest.raises(GeneratorError, match="not numbers; .*dtype=float32"):
+        made(bundle)(batch_at(eight[:1], [0]), {})
+
+
+def test_a_bundle_with_one_wrong_byte_is_refused(
+    tiny_bundle: Path, tmp_path: Path, eight: np.ndarray
+) -> None:
+    bundle = tmp_path / "flipped.safetensors"
+    content = bytearray(tiny_bundle.read_bytes())
+    content[len(content) // 2] ^= 1
+    bundle.write_bytes(content)
+    with pytest.raises(CheckpointError, match="flipped.safetensors: is damaged, .*copy it again"):
         made(bundle)(batch_at(eight[:1], [0]), {})

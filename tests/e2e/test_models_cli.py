@@ -85,7 +85,7 @@ def test_an_import_says_what_it_made_and_what_comes_next(run: Run, parity_set: P
     said = " ".join(done.out.split())
     assert (facts.mpp, facts.tile, facts.base_name, facts.source) == (0.5, 512, "tiny-base", "diffusion-ffpe")
     for part in (
-        facts.digest,
+        facts.identity,
         facts.base_digest,
         "CC-BY-NC-ND 4.0",
         "stability.ai/license",
@@ -148,7 +148,9 @@ def test_export_gives_the_checkpoint_back(imported: Path, run: Run, parity_set: 
 def test_show_names_everything(imported: Path, run: Run) -> None:
     facts = load_facts(imported)
     said = " ".join(run("models", "show", imported).out.split())
-    assert all(text in said for text in (facts.digest, facts.base_name, facts.licence, "0.5 µm/px", "512 px"))
+    assert all(
+        text in said for text in (facts.identity, facts.base_name, facts.licence, "0.5 µm/px", "512 px")
+    )
     (values,) = run("models", "show", imported, "--log-format", "json").lines()
     assert values["identity"] == facts.identity
     assert values["directions"] == ["a2b", "b2a"]
@@ -266,7 +268,7 @@ def test_without_the_frameworks_the_remedy_is_named(
     for command in (["import", "x.pkl", "-o", tmp_path / "x.safetensors"], ["fetch"]):
         line = error_line(run("models", *command))
         assert "no_such_framework" in line
-        assert "pip install 'wsi-pipeline[models]'" in line
+        assert "pip install -c constraints.txt '.[models]'" in line
 
 
 def test_weights_imply_their_generator(tmp_path: Path) -> None:

@@ -37,7 +37,10 @@ U8_HWC: TypeAlias = npt.NDArray[np.uint8]
 U8_BHWC: TypeAlias = npt.NDArray[np.uint8]
 
 Context: TypeAlias = Mapping[str, Any]
-"""Slide-level facts that a generator computed once; JSON-serialisable, part of the plan."""
+"""Slide-level facts that a generator computed once; JSON-serialisable, part of the plan.
+
+``notices``, if there is one, is a list of sentences that the user has to see.
+"""
 
 WHITE = 255
 """Grey level of glass that nothing covers, and of everything outside a slide."""

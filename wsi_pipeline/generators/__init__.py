@@ -63,7 +63,10 @@ def make_generator(name: str, options: Mapping[str, Any]) -> Generator:
         raise ConfigError(f"generator {name}: unknown option {', '.join(unknown)}; valid options: {known}")
     missing = sorted(key for key, field in fields.items() if _required(field) and key not in options)
     if missing:
-        raise ConfigError(f"generator {name}: option {', '.join(missing)} is required and has no default")
+        remedy = "; give --weights FILE, made by `wsi-pipeline models import`" if "weights" in missing else ""
+        raise ConfigError(
+            f"generator {name}: option {', '.join(missing)} is required and has no default{remedy}"
+        )
     hints = typing.get_type_hints(member)
     generator = member(**{key: _checked(name, key, value, hints[key]) for key, value in options.items()})
     from wsi_pipeline.core.protocols import Generator
@@ -108,7 +111,7 @@ def _import(name: str) -> type[Any]:
     except ImportError as error:
         remedy = "check the spelling, or install the package that provides it"
         if name in GENERATORS:
-            remedy = "pip install 'wsi-pipeline[models]'"
+            remedy = "in the program's folder, pip install -c constraints.txt '.[models]'"
         raise ConfigError(
             f"generator {name}: {module_name} cannot be imported ({error}); {remedy}"
         ) from error

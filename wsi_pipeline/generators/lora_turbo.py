@@ -52,6 +52,7 @@ from wsi_pipeline.models.assemble import assemble
 from wsi_pipeline.models.bundle import BundleFacts, load_bundle, load_facts
 from wsi_pipeline.models.layout import VAES, Direction
 from wsi_pipeline.models.lora_turbo import CELLS, SIZE_MULTIPLE, Translator
+from wsi_pipeline.models.weights import tensors_digest
 
 __all__ = ["LoraTurbo"]
 
@@ -171,10 +172,13 @@ class LoraTurbo:
 
     def prepare(self, thumbnail_HWC: U8_HWC, tissue_HW: npt.NDArray[np.bool_], mpp: Mpp) -> Context:
         """What made the pixels, for the manifest, and what becomes of the slide's glass."""
-        return {
-            **self._facts_for_people(choose_device(self.device)),
-            "glass": self._glass(thumbnail_HWC, tissue_HW),
-        }
+        glass = self._glass(thumbnail_HWC, tissue_HW)
+        notices = ["lora_turbo changes structure: detail of the output may be invented, or missing"]
+        if glass["reason"]:
+            notices.append(
+                f"glass around tiles stays as it is ({glass['reason']}): tile borders may show there"
+            )
+        return {**self._facts_for_people(choose_device(self.device)), "glass": glass, "notices": notices}
 
     def __call__(self, batch: TileBatch, context: Context) -> U8_BHWC:
         """Translated tiles. Raises GeneratorError where the device has no room for one tile, CheckpointError
@@ -296,6 +300,10 @@ def _network(
     weights = load_bundle(path)
     if load_facts(path).identity != identity:
         raise CheckpointError(f"{path}: changed since the run began; start it again")
+    if tensors_digest(weights.tensors) != weights.digest:
+        raise CheckpointError(
+            f"{path}: is damaged, its tensors are not those that were imported; copy it again"
+        )
     text = next((p.embedding for p in weights.prompts.values() if p.text == prompt), None)
     with one_core_each(1) as pool:  # merging the adapters sums, too
         net = pool.submit(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,10 @@ def save_bundle(weights: TurboWeights, path: str | Path, overwrite: bool = False
     def take(name: str) -> Tensor:
         return embeddings[name] if name in embeddings else weights.tensors[name]
 
+    from wsi_pipeline.models.weights import tensors_digest
+
+    # Taken here, of what is written: it is what a run holds the file against.
+    weights = replace(weights, digest=tensors_digest(weights.tensors, weights.layout.canonical()))
     entries, aliases = stored_once(names, take)
     document = json.dumps(_document(weights, embeddings) | {"aliases": aliases})
     notice = f"Generator of synthetic images: not for diagnosis. {weights.licence}"

@@ -6,7 +6,6 @@ costs no memory until a network is built from it.
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -22,7 +21,7 @@ from wsi_pipeline.models.layout import (
     Layout,
     Shape,
 )
-from wsi_pipeline.models.weights import Prompt, TurboWeights
+from wsi_pipeline.models.weights import Prompt, TurboWeights, tensors_digest
 
 CONTRAST = 0.55
 """Gain of the last layer: outputs get the contrast of H&E tiles (standard deviation 45 grey levels)."""
@@ -104,9 +103,10 @@ def random_weights(
         d: Prompt(text=f"random {d}", embedding=torch.randn(1, 77, width, generator=random))
         for d in DIRECTIONS
     }
+    tensors = RandomTensors(layout.canonical(), seed)
     return TurboWeights(
         layout=layout,
-        tensors=RandomTensors(layout.canonical(), seed),
+        tensors=tensors,
         unet_scale=1.0,
         vae_scale=8.0 / rank_vae,
         prompts=prompts,
@@ -116,5 +116,5 @@ def random_weights(
         licence="random numbers: for tests and timings, never a result",
         mpp=0.5,
         tile=512,
-        digest=hashlib.sha256(f"{layout}/{seed}".encode()).hexdigest(),
+        digest=tensors_digest(tensors),
     )

@@ -201,9 +201,12 @@ def _changed_vae(found: Mapping[str, Tensor], layout: Layout, base: Base) -> lis
     if not names:
         return []
     total = len(layout.vaes) * len(base.vae)
+    doubt = (
+        f"; {base.name} is probably not the base it was trained on, then the output is wrong: check --base"
+    )
     return [
         f"the file's VAE differs from base {base.name} in {len(names)} of {total} tensors ({few(names)}): "
-        "weights of the file are used"
+        f"weights of the file are used{doubt if len(names) == total else ''}"
     ]
 
 

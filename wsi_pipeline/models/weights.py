@@ -7,7 +7,7 @@ format. ``lora_turbo.assemble`` merges them when a network is built to be run.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -76,10 +76,10 @@ class Imported:
     notices: tuple[str, ...]
 
 
-def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
+def tensors_digest(tensors: Mapping[str, torch.Tensor], names: Iterable[str] | None = None) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all tensors, or of ``names``, sorted by name."""
     digest = hashlib.sha256()
-    for name in sorted(tensors):
+    for name in sorted(tensors if names is None else names):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy())

@@ -74,6 +74,8 @@ def convert_slide(
     if "file says" in slide.mpp_origin:
         emit(Notice(slide_id=slide.slide_id, message=f"pixel size from {slide.mpp_origin}"))
     found = survey(slide, config)
+    for message in found.plan.context.get("notices", ()):
+        emit(Notice(slide_id=slide.slide_id, message=message))
     with mapped(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
     if found.is_empty:

@@ -1,0 +1,1 @@
+"""Training: samples, objectives, the loop, and its checkpoints. Never imports ``pipeline``."""

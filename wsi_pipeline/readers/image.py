@@ -10,7 +10,8 @@ import io
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
@@ -29,15 +30,16 @@ from wsi_pipeline.readers._base import (
     NotThisReaderError,
     composite,
     reason,
+    slide_name,
 )
 from wsi_pipeline.readers._source import file_name, open_source, remote_errors, sampled_digest
 
-__all__ = ["ImageSlide"]
+__all__ = ["ImageSlide", "picture_size"]
 
 MAX_PIXELS = 1 << 30
 # Opened by their class: Image.open compares sizes with a process-wide limit of PIL (89 megapixels), ours is
 # checked here, before a pixel is decoded.
-_OPENERS: tuple[tuple[bytes, Callable[[io.BytesIO], ImageFile.ImageFile]], ...] = (
+_OPENERS: tuple[tuple[bytes, Callable[[IO[bytes]], ImageFile.ImageFile]], ...] = (
     (b"\x89PNG", PngImageFile),
     (b"\xff\xd8", JpegImageFile),
     (b"II", TiffImageFile),
@@ -60,6 +62,33 @@ class ImageSlide(LazySlide):
 
     def _open(self) -> Handle:
         return _ImageHandle(self._path, self.slide_id)
+
+
+def picture_size(path: str | Path) -> Size:
+    """Height and width of a picture as ``ImageSlide`` will show it, from its header; nothing is decoded.
+
+    Raises UnsupportedSlideError for what is no picture, or one of a kind that is not read.
+    """
+    name, slide_id = file_name(str(path)), slide_name(str(path))
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+            file.seek(0)
+            opener = next((opener for magic, opener in _OPENERS if head.startswith(magic)), None)
+            picture = None if opener is None else _quietly(lambda: opener(file))
+            if picture is None:
+                raise UnsupportedSlideError(f"{name}: not a PNG, JPEG or TIFF", slide_id=slide_id)
+            # Asked for its EXIF block, a PNG that has none before its pixels decodes them all.
+            has_exif = not isinstance(picture, PngImageFile) or "exif" in picture.info
+            turned = has_exif and picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except FOREIGN_ERRORS as error:
+        raise UnsupportedSlideError(
+            f"{name}: the picture cannot be opened ({reason(error)}); copy it again from its source",
+            slide_id=slide_id,
+        ) from error
+    _refuse(picture, name, slide_id)
+    width, height = picture.size
+    return Size(width, height) if turned else Size(height, width)
 
 
 class _ImageHandle:

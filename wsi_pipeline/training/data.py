@@ -1,0 +1,245 @@
+"""Samples for training: pairs of tiles, each a pure function of (seed, number), read by as many processes as
+one likes.
+
+Step t of a run covers the numbers [t * batch * world, (t + 1) * batch * world); rank r takes its contiguous
+part of them. So the tiles of a step are the same for one process and for eight, with or without workers, and
+a run that goes on at step t sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from wsi_pipeline.cohorts.tiles import TileIndex, TileReader, load_tiles, several
+from wsi_pipeline.core.geometry import Region
+from wsi_pipeline.core.protocols import U8_BHWC, U8_HWC
+from wsi_pipeline.core.sampling import permutation_at, sample_rng, stream_key
+from wsi_pipeline.errors import ConfigError
+from wsi_pipeline.training.augment import SYMMETRIES, jitter_stain, turn
+
+__all__ = ["DataConfig", "TileSamples", "TrainBatch", "batches"]
+
+Pairing: TypeAlias = Literal["unpaired", "aligned", "simulated"]
+Augment: TypeAlias = Literal["none", "d4", "d4+colour"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Where the tiles come from and what is made of them.
+
+    ``source``, ``target``: a tile index or a folder of pictures each, of which ``source_domain`` /
+    ``target_domain`` and ``split`` take a part (None: all); ``pairing``: ``unpaired`` draws the two sides
+    independently, ``aligned`` takes tiles of the same name (folders) or pair and region (indices),
+    ``simulated`` makes the source from the target (``source`` is not read) by the model of frozen
+    artefacts ``frozen``; ``crop``: side in pixels, at a random place of each tile; ``augment``: ``d4`` for
+    the eight symmetries, ``d4+colour`` for mild changes of stain too; ``mpp``: pixel size of pictures, which
+    simulation needs; ``workers``: reading processes (0: none, read inline); ``prefetch``: batches that each
+    keeps ready; ``open_slides``: per process.
+    """
+
+    source: str = ""
+    target: str = ""
+    source_domain: str | None = None
+    target_domain: str | None = None
+    split: str | None = None
+    pairing: Pairing = "unpaired"
+    crop: int = 512
+    augment: Augment = "d4"
+    mpp: float | None = None
+    frozen: Any = None
+    workers: int = 0
+    prefetch: int = 2
+    open_slides: int = 8
+
+    def __post_init__(self) -> None:
+        for name, least in (("crop", 1), ("workers", 0), ("prefetch", 1), ("open_slides", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"data.{name}: {getattr(self, name)} is too small; give at least {least}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainBatch:
+    """Samples of one step and rank: ``numbers`` int64 [B], pixels uint8 [B, H, W, 3] of both sides."""
+
+    numbers: npt.NDArray[np.int64]
+    source_BHWC: U8_BHWC
+    target_BHWC: U8_BHWC
+
+
+class TileSamples:
+    """Pairs of tiles by number; picklable. Raises ConfigError for tiles that cannot serve (all at once)."""
+
+    def __init__(self, config: DataConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
+        target = _side(config, "target", config.target, config.target_domain)
+        self._target = TileReader(target, open_slides=config.open_slides)
+        self._source: TileReader | None = None
+        self._pairs_N2: npt.NDArray[np.int64] | None = None
+        self._mpp = 0.0
+        if config.pairing == "simulated":
+            self._mpp = _one_mpp(target)
+            return
+        source = _side(config, "source", config.source, config.source_domain)
+        self._source = TileReader(source, open_slides=config.open_slides)
+        if config.pairing == "aligned":
+            self._pairs_N2 = _pairs(source, target)
+
+    @property
+    def length(self) -> int:
+        """Samples in an epoch: pairs, or tiles of the longer side."""
+        if self._pairs_N2 is not None:
+            return len(self._pairs_N2)
+        return max(len(self._target.index), 0 if self._source is None else len(self._source.index))
+
+    @property
+    def left_out(self) -> int:
+        """Tiles of either side that have no partner, in aligned mode."""
+        if self._pairs_N2 is None or self._source is None:
+            return 0
+        return len(self._source.index) + len(self._target.index) - 2 * len(self._pairs_N2)
+
+    def sample(self, number: int) -> tuple[U8_HWC, U8_HWC]:
+        """Source and target of one sample, [crop, crop, 3] uint8 each; SlideError where a slide fails.
+
+        Why only the source's colours change in paired modes: the target is the answer, and an answer that
+        varies at random cannot be learnt.
+        """
+        if self._source is None:
+            row = self._row(number, len(self._target.index), "pair")
+            target_HWC = self._cut(self._target, row, number, "pair")
+            return self._coloured(self._simulated(target_HWC, number), number, "source"), target_HWC
+        if self._pairs_N2 is not None:
+            rows = self._pairs_N2[self._row(number, len(self._pairs_N2), "pair")]
+            source_HWC = self._cut(self._source, int(rows[0]), number, "pair")
+            target_HWC = self._cut(self._target, int(rows[1]), number, "pair")
+            return self._coloured(source_HWC, number, "source"), target_HWC
+        sides = []
+        for name, reader in (("source", self._source), ("target", self._target)):
+            row = self._row(number, len(reader.index), name)
+            sides.append(self._coloured(self._cut(reader, row, number, name), number, name))
+        return sides[0], sides[1]
+
+    def _row(self, number: int, length: int, stream: str) -> int:
+        return permutation_at(number, length, stream_key(self.seed, f"{stream} order"))
+
+    def _cut(self, reader: TileReader, row: int, number: int, stream: str) -> U8_HWC:
+        """A crop of a tile, turned; the draws are the same for all tiles of a size in one stream."""
+        rng, side = sample_rng(self.seed, number, f"{stream} geometry"), self.config.crop
+        tile = reader.index.region(row)
+        y = int(rng.integers(tile.height - side + 1))
+        x = int(rng.integers(tile.width - side + 1))
+        symmetry = int(rng.integers(SYMMETRIES))
+        pixels_HWC = reader.read(row, Region(y, x, side, side))
+        return pixels_HWC if self.config.augment == "none" else turn(pixels_HWC, symmetry)
+
+    def _coloured(self, pixels_HWC: U8_HWC, number: int, stream: str) -> U8_HWC:
+        if self.config.augment != "d4+colour":
+            return pixels_HWC
+        return jitter_stain(pixels_HWC, sample_rng(self.seed, number, f"{stream} colour"))
+
+    def _simulated(self, pixels_HWC: U8_HWC, number: int) -> U8_HWC:
+        from wsi_pipeline.core.frozen import FrozenModel, simulate_frozen
+
+        model = self.config.frozen or FrozenModel()
+        return simulate_frozen(pixels_HWC, self._mpp, model, sample_rng(self.seed, number, "frozen"))
+
+
+def _side(config: DataConfig, name: str, path: str, domain: str | None) -> TileIndex:
+    if not path:
+        raise ConfigError(f"data.{name}: name a tile index or a folder of pictures")
+    tiles = load_tiles(path, mpp=config.mpp).select(domain, config.split)
+    if not len(tiles):
+        raise ConfigError(f"data.{name}: {path} holds no tile; look at the filters of the index")
+    small_N = (tiles.region_N4[:, 2:] < config.crop).any(axis=1)
+    if small_N.any():
+        problems = [
+            f"{tiles.slide(row).path} is {tiles.region(row).height} x {tiles.region(row).width} px"
+            for row in np.flatnonzero(small_N).tolist()
+        ]
+        raise ConfigError(
+            f"data.crop: {config.crop} px is larger than {several(problems)}; give a smaller crop or "
+            "take these tiles out"
+        )
+    return tiles
+
+
+def _one_mpp(tiles: TileIndex) -> float:
+    if tiles.mpp is None:
+        raise ConfigError(f"data.mpp: state the pixel size of the pictures in {tiles.origin}, in µm")
+    return float(np.sqrt(tiles.mpp[0] * tiles.mpp[1]))
+
+
+def _pairs(source: TileIndex, target: TileIndex) -> npt.NDArray[np.int64]:
+    """Rows [N, 2] of both sides that show the same place, in the source's order; ConfigError for none."""
+    partners, pairs = _by_place(target), []
+    for place, row in _by_place(source).items():
+        partner = partners.get(place)
+        if partner is None:
+            continue
+        if source.region(row).size != target.region(partner).size:
+            raise ConfigError(
+                f"{source.slide(row).path} and {target.slide(partner).path} are a pair but differ in size; "
+                "aligned tiles show the same field"
+            )
+        pairs.append((row, partner))
+    if not pairs:
+        raise ConfigError(
+            f"data.pairing: no tile of {source.origin} has a partner in {target.origin}; pictures are "
+            "paired by the same relative name, index rows by pair_id and region"
+        )
+    return np.array(pairs, np.int64)
+
+
+def _by_place(tiles: TileIndex) -> dict[tuple[str, int, int], int]:
+    places: dict[tuple[str, int, int], int] = {}
+    for row in range(len(tiles)):
+        slide, region = tiles.slide(row), tiles.region(row)
+        place = (slide.pair, region.y, region.x)
+        if slide.pair and places.setdefault(place, row) != row:
+            raise ConfigError(
+                f"{slide.path}: the same pair as {tiles.slide(places[place]).path} ({slide.pair}); "
+                "names of pairs are unique on each side"
+            )
+    return places
+
+
+def batches(
+    config: DataConfig, *, seed: int, batch: int, start: int, stop: int, rank: int = 0, world: int = 1
+) -> Iterator[TrainBatch]:
+    """The batches of steps ``start`` to ``stop - 1`` for one rank, ``batch`` samples each.
+
+    Raises ConfigError before the first for tiles that cannot serve, SlideError where a slide fails.
+    """
+    if batch < 1 or not 0 <= rank < world or start < 0:
+        raise ValueError(f"batch {batch}, rank {rank} of {world}, start {start}")
+    source = _Batches(TileSamples(config, seed), batch, rank, world)
+    steps = range(start, max(start, stop))
+    if config.workers == 0:
+        return (source.make(step) for step in steps)
+    from wsi_pipeline.training.workers import load_in_processes
+
+    return load_in_processes(source.make, steps, workers=config.workers, prefetch=config.prefetch)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batches:
+    """Steps to batches, for one rank."""
+
+    samples: TileSamples
+    batch: int
+    rank: int
+    world: int
+
+    def make(self, step: int) -> TrainBatch:
+        first = (step * self.world + self.rank) * self.batch
+        numbers = np.arange(first, first + self.batch, dtype=np.int64)
+        side = self.samples.config.crop
+        pixels = np.empty((2, self.batch, side, side, 3), np.uint8)
+        for i, number in enumerate(numbers.tolist()):
+            pixels[0, i], pixels[1, i] = self.samples.sample(number)
+        return TrainBatch(numbers=numbers, source_BHWC=pixels[0], target_BHWC=pixels[1])

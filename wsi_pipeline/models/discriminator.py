@@ -61,12 +61,12 @@ class SpectralLayer(nn.Module):
         """The normalised weight; in training mode after one power iteration, which moves u and v."""
         matrix = self.weight_orig.flatten(1)
         if self.training:
-            self._iterate(matrix.detach())
+            with torch.no_grad():
+                self._iterate(matrix)
         # Copies: a second forward pass moves the buffers before the first one's backward pass.
         u, v = self.weight_u.clone(), self.weight_v.clone()
         return self.weight_orig / torch.dot(u, torch.mv(matrix, v))
 
-    @torch.no_grad()
     def _iterate(self, matrix: Tensor) -> None:
         self.weight_v.copy_(F.normalize(torch.mv(matrix.t(), self.weight_u), dim=0, eps=_EPSILON))
         self.weight_u.copy_(F.normalize(torch.mv(matrix, self.weight_v), dim=0, eps=_EPSILON))
@@ -160,7 +160,8 @@ class Discriminator(nn.Module):
         """
         if draws is not None:
             x = augment(x, draws, self.policy)
-        return self.decoder[0](self.backbone(x))
+        logits: list[Tensor] = self.decoder[0](self.backbone(x))
+        return logits
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Discriminator:
         super()._apply(fn, recurse)

@@ -87,6 +87,7 @@ def conch_tower(weights: Path | None, model: str, side: int, level2: Level2) -> 
         num_heads=12,
         num_classes=0,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        weight_init="skip",
     )
     if any(name.startswith(_CONCH_PREFIX) for name in state):
         state = _under(state, _CONCH_PREFIX)

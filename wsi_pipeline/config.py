@@ -1,4 +1,4 @@
-"""Configuration files: strict YAML plus overrides, resolved into ``ConvertConfig``.
+"""Configuration files: strict YAML plus overrides, resolved into a dataclass such as ``ConvertConfig``.
 
 A key that does not exist is reported by its path; a manifest's ``config`` is itself a valid file.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 
 import pydantic
 import yaml
@@ -17,7 +17,9 @@ import yaml
 from wsi_pipeline.errors import ConfigError
 from wsi_pipeline.pipeline.settings import ConvertConfig
 
-__all__ = ["load_config", "to_yaml"]
+__all__ = ["load_config", "load_settings", "to_yaml"]
+
+_Settings = TypeVar("_Settings")
 
 
 def load_config(
@@ -25,6 +27,16 @@ def load_config(
     overrides: Sequence[str] = (),
     named: Mapping[str, Any] = MappingProxyType({}),
 ) -> ConvertConfig:
+    """The settings of a conversion; see ``load_settings``."""
+    return load_settings(ConvertConfig, path, overrides, named)
+
+
+def load_settings(
+    kind: type[_Settings],
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    named: Mapping[str, Any] = MappingProxyType({}),
+) -> _Settings:
     """Read a YAML (or JSON) file, lay ``named`` values (by dotted key) over it, then the overrides.
 
     ``overrides`` are ``dotted.key=value``, the value in YAML syntax; they have the last word. A manifest
@@ -36,18 +48,26 @@ def load_config(
     for override in overrides:
         _apply(values, override)
     where = f"{path}: " if path is not None else ""
-    if unknown := list(_unknown(values, ConvertConfig, "")):
-        raise ConfigError(f"{where}{', '.join(unknown)}: no such setting; `wsi-pipeline config` lists all")
-    _texts(values, ConvertConfig)
+    if unknown := list(_unknown(values, kind, "")):
+        lists = "config" if kind is ConvertConfig else "train --show-config"
+        raise ConfigError(f"{where}{', '.join(unknown)}: no such setting; `wsi-pipeline {lists}` lists all")
+    _texts(values, kind)
     try:
-        return pydantic.TypeAdapter(ConvertConfig).validate_python(values)
+        return pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
         raise ConfigError(where + "; ".join(_explain(e) for e in error.errors())) from error
 
 
-def to_yaml(config: ConvertConfig) -> str:
+def to_yaml(config: Any) -> str:
     """The whole configuration with every default spelled out."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_listed(asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def _listed(value: Any) -> Any:
+    """Tuples as lists: YAML would write them as Python's."""
+    if isinstance(value, dict):
+        return {key: _listed(item) for key, item in value.items()}
+    return [_listed(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@
       GeneratorError                exit 4
         CheckpointError             weights that are missing, damaged or of another shape; exit 2
         GeneratorContractError      a generator returned something else than it promised
+      TrainingError                 exit 4: training cannot go on (collapse, numbers that are none)
       OutputError                   exit 5
         OutputExistsError           the output is there already and is never overwritten unasked
         FingerprintMismatchError    the partial output was made by another plan, slide or generator
@@ -37,6 +38,7 @@ __all__ = [
     "OutputError",
     "OutputExistsError",
     "SlideError",
+    "TrainingError",
     "UnsupportedSlideError",
     "WsiPipelineError",
 ]
@@ -115,6 +117,12 @@ class CheckpointError(GeneratorError):
 
 class GeneratorContractError(GeneratorError):
     """A generator broke its promise on shape, dtype or tile size."""
+
+
+class TrainingError(WsiPipelineError):
+    """Training cannot go on; what was saved before stays."""
+
+    exit_code = 4
 
 
 class OutputError(WsiPipelineError):

@@ -21,6 +21,7 @@ import torch
 
 from wsi_pipeline.core.protocols import U8_BHWC
 from wsi_pipeline.errors import ConfigError, GeneratorError
+from wsi_pipeline.models.pixels import Rounding, from_uint8, to_uint8
 
 __all__ = [
     "Dtype",
@@ -35,7 +36,6 @@ __all__ = [
 ]
 
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
-Rounding: TypeAlias = Literal["round", "truncate"]
 
 MOST_TILES = 16
 """More tiles a call do not make a large GPU faster, they only wait for each other."""
@@ -98,18 +98,6 @@ def batch_for(device: torch.device, weight_bytes: int, tile_bytes: int, max_vram
     allowed = free if max_vram is None else min(free, int(max_vram * 2**30))
     tiles = max(1, int(0.9 * allowed - weight_bytes) // tile_bytes)
     return min(MOST_TILES, 1 << (tiles.bit_length() - 1))
-
-
-def from_uint8(pixels_BHWC: torch.Tensor) -> torch.Tensor:
-    """[B, H, W, 3] uint8 -> [B, 3, H, W] float32 in [-1, 1], contiguous: (v / 255 - 0.5) / 0.5."""
-    return (pixels_BHWC.permute(0, 3, 1, 2).contiguous().float() / 255.0 - 0.5) / 0.5
-
-
-def to_uint8(y: torch.Tensor, rounding: Rounding) -> torch.Tensor:
-    """[B, 3, H, W] in [-1, 1] -> [B, H, W, 3] uint8; ``truncate`` as the published code, half a level
-    darker."""
-    levels = (y * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0
-    return (levels.round() if rounding == "round" else levels).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def one_core_each(lanes: int) -> ThreadPoolExecutor:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 __all__ = [
     "CELLS",
@@ -93,6 +94,8 @@ class Translator(nn.Module):
     ``encoder``, ``decoder``, ``quant_conv``, ``post_quant_conv``: of the global VAE, the decoder with
     ``skip_conv_1..4``; ``local_encoder``: for the cells, None for a generator that sees the whole tile only;
     ``text``: embedding [1, tokens, width]. Each part of a network may have its own floating-point type.
+    ``recompute``: forget activations inside the blocks of the autoencoders and compute them again in the
+    backward pass (gradient checkpointing); same numbers, less memory, for training only.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class Translator(nn.Module):
         self.post_quant_conv = post_quant_conv
         self.local_encoder = local_encoder
         self.scaling_factor = scaling_factor
+        self.recompute = False
         self.register_buffer("text", text, persistent=False)
 
     def forward(self, x: Tensor, noise: Tensor | None = None, gamma: float = 1.0) -> Tensor:
@@ -133,10 +137,10 @@ class Translator(nn.Module):
         height, width = x.shape[-2:]
         if height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
             raise ValueError(f"{height} x {width}: height and width must be multiples of {SIZE_MULTIPLE}")
-        whole = _encode(self.encoder, x)
+        whole = _encode(self.encoder, x, self.recompute)
         if self.local_encoder is None:
             return whole
-        cells = _encode(self.local_encoder, cut_cells(x))
+        cells = _encode(self.local_encoder, cut_cells(x), self.recompute)
         skips = (a + join_cells(b) for a, b in zip(whole.skips, cells.skips, strict=True))
         return Features(whole.h + join_cells(cells.h), tuple(skips))
 
@@ -165,25 +169,28 @@ class Translator(nn.Module):
         u = _run(decoder.mid_block, u)
         for k, (block, skip) in enumerate(zip(decoder.up_blocks, reversed(skips), strict=True), start=1):
             skipped = _run(getattr(decoder, f"skip_conv_{k}"), skip if gamma == 1.0 else skip * gamma)
-            u = _run(block, u.to(skipped.dtype) + skipped)
+            u = _run(block, u.to(skipped.dtype) + skipped, self.recompute)
         u = decoder.conv_act(_run(decoder.conv_norm_out, u))
         return _run(decoder.conv_out, u).float()
 
 
-def _encode(encoder: Any, x: Tensor) -> Features:
+def _encode(encoder: Any, x: Tensor, recompute: bool = False) -> Features:
     u = _run(encoder.conv_in, x)
     skips = []
     for block in encoder.down_blocks:
         u = u.to(_dtype(block))
         skips.append(u)
-        u = block(u)
+        u = _run(block, u, recompute)
     u = _run(encoder.conv_norm_out, _run(encoder.mid_block, u))
     return Features(_run(encoder.conv_out, encoder.conv_act(u)), tuple(skips))
 
 
-def _run(module: nn.Module, x: Tensor) -> Tensor:
-    """A part of a network in its own floating-point type."""
-    return module(x.to(_dtype(module)))
+def _run(module: nn.Module, x: Tensor, recompute: bool = False) -> Tensor:
+    """A part of a network in its own floating-point type; ``recompute``: without keeping activations."""
+    x = x.to(_dtype(module))
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(module, x, use_reentrant=False)
+    return module(x)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -1,0 +1,135 @@
+"""The settings of a training run, part by part; each default stands here, or beside the code it
+configures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from wsi_pipeline.errors import ConfigError
+from wsi_pipeline.models.trainable import Trainable
+from wsi_pipeline.training.adversarial import AdversarialConfig
+from wsi_pipeline.training.data import DataConfig
+from wsi_pipeline.training.paired import PairedConfig
+from wsi_pipeline.training.validation import ValidationConfig
+
+__all__ = ["LoopConfig", "ModelConfig", "ObjectiveConfig", "OptimiserConfig", "TrainConfig"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """What is trained. Exactly one of ``weights``, ``base`` and ``scratch`` says where it begins.
+
+    ``weights``: a bundle; ``base``: folder or hub id of SD-Turbo, for fresh adapters; ``scratch``: ``mini``,
+    a small network from nothing. ``directions``: ``both``, or ``a2b`` alone (paired training);
+    ``multi_view``: encode tiles as 4x4 cells, too; ``trainable``: ``adapters`` or ``all``;
+    ``train_local_lora``: also the adapters of the local encoders (the published program did not);
+    ``recompute``: gradient checkpointing; ``mpp``: µm per pixel and ``tile``: pixels, written into the
+    bundle; ``licence``: what users of the weights have to know.
+    """
+
+    weights: str | None = None
+    base: str | None = None
+    scratch: Literal["mini"] | None = None
+    rank_unet: int = 128
+    rank_vae: int = 4
+    directions: Literal["both", "a2b"] = "both"
+    multi_view: bool = True
+    prompt_a2b: str = "paraffin section"
+    prompt_b2a: str = "frozen section"
+    trainable: Trainable = "adapters"
+    train_local_lora: bool = False
+    recompute: bool = False
+    mpp: float = 0.5
+    tile: int = 512
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in (self.weights, self.base, self.scratch)) > 1:
+            raise ConfigError("model: give one of weights, base and scratch, not several")
+        for name in ("rank_unet", "rank_vae", "tile"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name}: {getattr(self, name)} is not a positive number")
+        if self.tile % 32:
+            raise ConfigError(f"model.tile: {self.tile} is not a multiple of 32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveConfig:
+    """``kind``: ``adversarial`` (unpaired cycle training) or ``paired``; each has its settings."""
+
+    kind: Literal["adversarial", "paired"] = "adversarial"
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    paired: PairedConfig = field(default_factory=PairedConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimiserConfig:
+    """AdamW and its schedule, one for each group of parameters, with the published values.
+
+    ``clip``: largest norm of a group's gradients; ``schedule``: ``constant``, ``linear`` or ``cosine`` to 0
+    at ``loop.steps``, after ``warmup`` iterations of linear growth; stepped once an iteration; ``ema``: decay
+    of averaged weights (0: none), which validation and the bundle then use.
+    """
+
+    learning_rate: float = 5e-6
+    discriminator_learning_rate: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-2
+    epsilon: float = 1e-8
+    clip: float = 10.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: int = 0
+    ema: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.ema < 1.0:
+            raise ConfigError(f"optimiser.ema: {self.ema} is not in [0, 1)")
+        if self.learning_rate <= 0 or self.clip <= 0:
+            raise ConfigError("optimiser: learning_rate and clip must be above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopConfig:
+    """How long, how fast, and what is kept.
+
+    ``steps``: iterations; ``batch``: samples of one process and micro-batch; ``accumulate``: micro-batches an
+    update; ``precision``: ``bf16`` runs the networks in bfloat16 (float32 weights, losses and one-step
+    formula); ``device``: ``auto`` or ``cpu``; ``log_every``, ``sample_every``, ``checkpoint_every``:
+    iterations; ``keep``: newest checkpoints that are kept, besides the best; ``collapse_change``: alarm where
+    outputs differ from inputs by less than this (in [-1, 1], averaged over ``collapse_steps`` iterations);
+    ``on_collapse``: ``stop`` or ``warn`` (``auto``: stop with bf16, which is known for it).
+    """
+
+    steps: int = 100_000
+    batch: int = 1
+    accumulate: int = 1
+    seed: int = 2024
+    precision: Literal["float32", "bf16"] = "float32"
+    device: Literal["auto", "cpu"] = "auto"
+    log_every: int = 20
+    sample_every: int = 500
+    checkpoint_every: int = 1000
+    keep: int = 3
+    collapse_change: float = 0.01
+    collapse_steps: int = 200
+    on_collapse: Literal["auto", "stop", "warn"] = "auto"
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        positive = ("steps", "batch", "accumulate", "log_every", "sample_every", "checkpoint_every", "keep")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"loop.{name}: {getattr(self, name)} is not a positive number")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """Everything that one training run can be told."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,40 +12,28 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi_pipeline._version import __version__
-from wsi_pipeline.core.annotations import geojson_to_mask
 from wsi_pipeline.core.geometry import Mpp, Region, Size, TileIndex, ceil_div
 from wsi_pipeline.core.grid import TileGrid
 from wsi_pipeline.core.plan import SlidePlan
 from wsi_pipeline.core.protocols import LABEL_CELL, U8_HWC, Generator, GeneratorSpec, Slide
 from wsi_pipeline.core.stain_check import StainVerdict, assess_stain
-from wsi_pipeline.core.tissue import (
-    THUMBNAIL_MPP,
-    TissueMask,
-    TissueResult,
-    detect_tissue,
-    whole_slide,
-)
+from wsi_pipeline.core.tissue import THUMBNAIL_MPP, TissueMask, TissueResult
 from wsi_pipeline.errors import ConfigError, GeneratorContractError, UnsupportedSlideError
 from wsi_pipeline.generators import make_generator
 from wsi_pipeline.pipeline.settings import ConvertConfig
 from wsi_pipeline.readers import open_slide
-from wsi_pipeline.readers.array import ArraySlide
 from wsi_pipeline.readers.lattice import SlideView
+from wsi_pipeline.readers.masks import find_tissue, mask_at_pixels, read_geojson
 from wsi_pipeline.readers.mpp import plausible
+from wsi_pipeline.readers.overview import near_own, read_overview, reduce_overview
 
 __all__ = ["Survey", "label_mask", "open_configured", "survey"]
 
-OVERVIEW_PIXELS = 4e6
-OVERVIEW_MPP = 2.0
-"""The overview has about this many pixels, but is no finer than this, in µm."""
 STAIN_PIXELS = 1e6
-OVERVIEW_STRIP = 128
 FINEST_UPSAMPLING = 4
 """A user may ask for pixels this many times smaller than the slide's."""
 MADE_FOR_UPSAMPLING = 2.02
 """A generator may ask for twice, and a hundredth for rounded pixel sizes."""
-NEAR_ENOUGH = 0.1
-"""A pixel size that is off by this share is not worth a resampling."""
 LARGEST = 2**40
 
 
@@ -92,15 +78,13 @@ def survey(slide: Slide, config: ConvertConfig) -> Survey:
     spec = generator.spec
     mpp = _working_mpp(slide, config, spec)
     grid = _grid(SlideView(slide, mpp, icc=config.input.icc).size, config, spec)
-    fine, fine_mpp = _overview(slide, config)
-    target = max(THUMBNAIL_MPP, math.sqrt(_area_um2(slide) / OVERVIEW_PIXELS))
-    view = SlideView(ArraySlide(fine, mpp=fine_mpp), _halvings(fine_mpp, target), icc="ignore")
-    thumbnail, coarse = view.read(Region.of(view.size)), view.mpp
-    tissue = _tissue(slide, thumbnail, coarse, config)
+    fine, fine_mpp = read_overview(slide, icc=config.input.icc, threads=config.run.threads)
+    thumbnail, coarse = reduce_overview(slide, fine, fine_mpp)
+    tissue = find_tissue(slide, thumbnail, coarse, mask=config.input.mask, config=config.tissue)
     step = math.ceil(math.sqrt(thumbnail.shape[0] * thumbnail.shape[1] / STAIN_PIXELS))
     verdict = assess_stain(thumbnail[::step, ::step], tissue.tissue.mask_HW[::step, ::step])
     _check_stain(slide, verdict, spec, config)
-    mask = _at_pixels(tissue.tissue, Size(*fine.shape[:2]), fine_mpp, 1)
+    mask = mask_at_pixels(tissue.tissue, Size(*fine.shape[:2]), fine_mpp, 1)
     tissue_tiles = _tissue_tiles(grid, tissue.tissue, mpp)
     # Preparing may load weights: not for a slide of which nothing will be made.
     context = _context(generator, fine, mask, fine_mpp) if tissue_tiles.any() else {}
@@ -139,12 +123,9 @@ def _working_mpp(slide: Slide, config: ConvertConfig, spec: GeneratorSpec) -> Mp
 
 
 def _near_own(slide: Slide, kind: str, made_for: Mpp) -> Mpp:
-    """The slide's own pixel size, doubled some times, where it lies near what a generator was made for.
-
-    Why: to resample 0.499 to 0.5 µm costs sharpness and time, and no generator tells the two apart.
-    """
-    own = _halvings(slide.mpp, max(made_for))
-    if all(abs(a / b - 1) <= NEAR_ENOUGH for a, b in zip(own, made_for, strict=True)):
+    """The slide's own pixel size, doubled some times, where it lies near what a generator was made for."""
+    own = near_own(slide.mpp, made_for)
+    if own is not None:
         return own
     enlarged = max(a / b for a, b in zip(slide.mpp, made_for, strict=True))
     if enlarged > MADE_FOR_UPSAMPLING:
@@ -191,37 +172,6 @@ def _context(
         ) from error
 
 
-def _tissue(slide: Slide, thumbnail: U8_HWC, mpp: Mpp, config: ConvertConfig) -> TissueResult:
-    size = Size(*thumbnail.shape[:2])
-    if config.input.mask == "whole":
-        return whole_slide(size, mpp)
-    detected = detect_tissue(thumbnail, mpp, config.tissue)
-    if config.input.mask == "detect":
-        return detected
-    drawn = _read_geojson(config.input.mask, slide, mpp)
-    given = TissueMask(mask_HW=_at_pixels(drawn, size, mpp, 1), mpp=mpp)
-    reason = None if given.mask_HW.any() else f"{config.input.mask} contains no tissue"
-    return TissueResult(tissue=given, excluded={}, reason=reason, background_rgb=detected.background_rgb)
-
-
-def _read_geojson(path: str, slide: Slide, mpp: Mpp) -> TissueMask:
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-        mask = geojson_to_mask(document, slide.levels[0].size, slide.mpp, mpp)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a GeoJSON file") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: is not JSON ({error}); export it as GeoJSON") from error
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if document.get("features", True) and not mask.mask_HW.any():
-        raise ConfigError(
-            f"{path}: no area lies on the slide, or none larger than {mpp[0]:.3g} µm; coordinates are "
-            "(x, y) in level-0 pixels"
-        )
-    return mask
-
-
 def _check_stain(slide: Slide, verdict: StainVerdict, spec: GeneratorSpec, config: ConvertConfig) -> None:
     """Tissue detection needs a bright background whatever the generator; the stain is the generator's."""
     if config.input.stain == "any" or verdict.kind in ("h&e", "unknown"):
@@ -233,39 +183,6 @@ def _check_stain(slide: Slide, verdict: StainVerdict, spec: GeneratorSpec, confi
         f"({verdict.reason}); use --set 'input.stain=any' to convert it all the same",
         slide_id=slide.slide_id,
     )
-
-
-def _overview(slide: Slide, config: ConvertConfig) -> tuple[U8_HWC, Mpp]:
-    """The whole slide at about ``OVERVIEW_PIXELS``, read once, in strips on all threads.
-
-    The generator prepares on it and tissue detection on a reduction of it. Why finer than detection
-    needs: at 8 µm nuclei average out, so their stain is underestimated and comes out pale (her2st C2:
-    99th percentile of haematoxylin 0.73 of the palette's from 8 µm, 0.95 from 2 µm).
-    """
-    finest = max(math.sqrt(_area_um2(slide) / OVERVIEW_PIXELS), OVERVIEW_MPP)
-    view = SlideView(slide, _halvings(slide.mpp, finest), icc=config.input.icc)
-    overview = np.empty((view.size.height, view.size.width, 3), np.uint8)
-
-    def read(y: int) -> None:
-        strip = Region(y, 0, min(OVERVIEW_STRIP, view.size.height - y), view.size.width)
-        overview[y : strip.bottom] = view.read(strip)
-
-    with ThreadPoolExecutor(config.run.threads, "overview") as pool:
-        deque(pool.map(read, range(0, view.size.height, OVERVIEW_STRIP)), maxlen=0)
-    return overview, view.mpp
-
-
-def _area_um2(slide: Slide) -> float:
-    return slide.levels[0].size.area * slide.mpp[0] * slide.mpp[1]
-
-
-def _halvings(mpp: Mpp, target: float) -> Mpp:
-    """The pixel size halved so often that it comes closest to ``target``, never finer than ``mpp``.
-
-    Whole halvings fall on pyramid levels, or are plain means; anything else costs a resampling.
-    """
-    steps = max(0, round(math.log2(target / max(mpp))))
-    return (mpp[0] * 2**steps, mpp[1] * 2**steps)
 
 
 def _tissue_tiles(grid: TileGrid, tissue: TissueMask, mpp: Mpp) -> npt.NDArray[np.bool_]:
@@ -282,7 +199,7 @@ def _roi(slide: Slide, size: Size, mpp: Mpp, roi: str | None) -> tuple[Region, .
         return ()
     if Path(roi).suffix.lower() in (".geojson", ".json"):
         coarse = (THUMBNAIL_MPP, THUMBNAIL_MPP)
-        return _boxes(_read_geojson(roi, slide, coarse), mpp)
+        return _boxes(read_geojson(roi, slide, coarse), mpp)
     try:
         y, x, height, width = (int(part) for part in roi.split(","))
         y, x, height, width = (min(max(v, -LARGEST), LARGEST) for v in (y, x, height, width))
@@ -318,14 +235,4 @@ def _boxes(mask: TissueMask, mpp: Mpp) -> tuple[Region, ...]:
 
 def label_mask(tissue: TissueMask, size: Size, mpp: Mpp) -> npt.NDArray[np.bool_]:
     """The tissue mask on the label grid of a lattice of ``size``."""
-    return _at_pixels(tissue, size, mpp, LABEL_CELL)
-
-
-def _at_pixels(tissue: TissueMask, size: Size, mpp: Mpp, cell: int) -> npt.NDArray[np.bool_]:
-    """The mask pixel at the centre of every ``cell`` x ``cell`` pixels of a lattice."""
-    height, width = ceil_div(size.height, cell), ceil_div(size.width, cell)
-    rows = ((np.arange(height) + 0.5) * cell * mpp[0] / tissue.mpp[0]).astype(int)
-    cols = ((np.arange(width) + 0.5) * cell * mpp[1] / tissue.mpp[1]).astype(int)
-    limit = tissue.mask_HW.shape
-    picked = tissue.mask_HW[np.ix_(rows.clip(max=limit[0] - 1), cols.clip(max=limit[1] - 1))]
-    return np.asarray(picked)
+    return mask_at_pixels(tissue, size, mpp, LABEL_CELL)

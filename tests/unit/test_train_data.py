@@ -6,11 +6,8 @@ import os
 import pickle
 import random
 import signal
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from wsi_pipeline.core.frozen import FrozenModel
 from wsi_pipeline.errors import ConfigError, SlideError, WsiPipelineError
 from wsi_pipeline.training.augment import SYMMETRIES, jitter_stain, turn
 from wsi_pipeline.training.data import DataConfig, TileSamples, TrainBatch, batches
@@ -164,26 +162,32 @@ def test_in_pairs_only_the_sources_colours_change(cohort: Path) -> None:
     assert (plain.sample(0)[0] != coloured.sample(0)[0]).any()
 
 
-@dataclass(frozen=True)
-class Frozen:
-    add: int = 1
+def test_the_real_model_of_frozen_artefacts_serves(cohort: Path) -> None:
+    samples = TileSamples(config(cohort, source="", pairing="simulated", mpp=0.5), seed=0)
+    source_HWC, target_HWC = samples.sample(1)
+    assert source_HWC.shape == target_HWC.shape == (SIDE, SIDE, 3)
+    assert (source_HWC != target_HWC).any()
+    np.testing.assert_array_equal(source_HWC, samples.sample(1)[0])
 
 
 @pytest.fixture
-def fake_frozen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A model of artefacts that adds a number, the pixel size and a draw: it tells what it was given."""
+def fake_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of artefacts that adds its severity, the pixel size and a draw: it tells what it was given."""
 
-    def simulate_frozen(pixels_HWC: Any, mpp: float, model: Frozen, rng: np.random.Generator) -> Any:
-        return pixels_HWC // 4 + np.uint8(model.add + int(100 * mpp) + rng.integers(20))
+    def simulate(pixels_HWC: Any, mpp: float, model: FrozenModel, rng: np.random.Generator) -> Any:
+        return pixels_HWC // 4 + np.uint8(10 * model.severity + int(100 * mpp) + rng.integers(20))
 
-    module = ModuleType("wsi_pipeline.core.frozen")
-    module.FrozenModel, module.simulate_frozen = Frozen, simulate_frozen  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wsi_pipeline.core.frozen", module)
-    yield
+    monkeypatch.setattr("wsi_pipeline.training.data.simulate_frozen", simulate)
 
 
 def test_a_simulated_source_is_made_of_its_target(cohort: Path, fake_frozen: None) -> None:
-    options = {"source": "", "pairing": "simulated", "mpp": 0.5, "augment": "d4", "frozen": Frozen(add=3)}
+    options = {
+        "source": "",
+        "pairing": "simulated",
+        "mpp": 0.5,
+        "augment": "d4",
+        "frozen": FrozenModel(severity=0.3),
+    }
     samples = TileSamples(config(cohort, **options), seed=0)
     assert samples.length == 3
     shifts = set()

@@ -43,7 +43,8 @@ class IndexedSlide:
     """What the rows of one slide (or picture) have in common.
 
     ``path``: the file; ``name``: for people; ``identity``: digest of its content, empty where nobody looked;
-    ``mpp``: pixel size that overrides the file's own (for pictures, which state none, 1 where nobody said);
+    ``mpp``: (y, x) pixel size that overrides the file's own (for pictures, which state none, 1 where nobody
+    said); ``lattice``: pixel size of the lattice on which its regions lie (None: its own pixels);
     ``domain`` (``FF`` or ``FFPE``), ``patient``, ``split``: empty where unknown; ``pair``: slides of the same
     ``pair`` in two domains show the same tissue in register.
     """
@@ -52,6 +53,7 @@ class IndexedSlide:
     name: str
     identity: str = ""
     mpp: Mpp | None = None
+    lattice: Mpp | None = None
     domain: str = ""
     patient: str = ""
     split: str = ""
@@ -62,9 +64,9 @@ class IndexedSlide:
 class TileIndex:
     """Tiles of many slides. Row i is region ``region_N4[i]`` (y, x, height, width) of ``slides[slide_N[i]]``.
 
-    ``origin``: the file or folder, for messages; ``mpp``: (y, x) of the lattice on which the regions lie,
-    None where they count the pixels of each slide, of unknown size; ``tile``: side of all tiles in pixels,
-    0 where they differ; ``icc``: what is done with colour profiles.
+    ``origin``: the file or folder, for messages; ``mpp``: the (y, x) pixel size of all tiles, each slide's
+    own within a few per cent (see ``mpp_of``), None where unknown; ``tile``: side of all tiles in pixels, 0
+    where they differ; ``icc``: what is done with colour profiles.
     """
 
     origin: str
@@ -86,6 +88,10 @@ class TileIndex:
         """The region of a row."""
         y, x, height, width = self.region_N4[row].tolist()
         return Region(y, x, height, width)
+
+    def mpp_of(self, row: int) -> Mpp | None:
+        """The exact (y, x) pixel size of a row's tile; None where unknown."""
+        return self.slide(row).lattice or self.mpp
 
     @property
     def domain_N(self) -> npt.NDArray[np.str_]:
@@ -171,7 +177,7 @@ class TileReader:
                 "make the index again with wsi-pipeline tile",
                 slide_id=slide.slide_id,
             )
-        view = SlideView(slide, self.index.mpp, icc=self.index.icc)
+        view = SlideView(slide, entry.lattice, icc=self.index.icc)
         with self._lock:
             self._open[number] = view
             while len(self._open) > 1 and (len(self._open) > self._limit or self._decoded() > PICTURE_BYTES):

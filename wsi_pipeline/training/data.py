@@ -8,14 +8,16 @@ a run that goes on at step t sees what it would have seen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from wsi_pipeline.cohorts.tiles import TileIndex, TileReader, load_tiles, several
+from wsi_pipeline.core.frozen import FrozenModel, simulate_frozen
 from wsi_pipeline.core.geometry import Region
 from wsi_pipeline.core.protocols import U8_BHWC, U8_HWC
 from wsi_pipeline.core.sampling import permutation_at, sample_rng, stream_key
@@ -51,7 +53,7 @@ class DataConfig:
     crop: int = 512
     augment: Augment = "d4"
     mpp: float | None = None
-    frozen: Any = None
+    frozen: FrozenModel = field(default_factory=FrozenModel)
     workers: int = 0
     prefetch: int = 2
     open_slides: int = 8
@@ -80,9 +82,8 @@ class TileSamples:
         self._target = TileReader(target, open_slides=config.open_slides)
         self._source: TileReader | None = None
         self._pairs_N2: npt.NDArray[np.int64] | None = None
-        self._mpp = 0.0
         if config.pairing == "simulated":
-            self._mpp = _one_mpp(target)
+            _mpp(target, 0)  # all rows state their pixel size, or none
             return
         source = _side(config, "source", config.source, config.source_domain)
         self._source = TileReader(source, open_slides=config.open_slides)
@@ -112,7 +113,8 @@ class TileSamples:
         if self._source is None:
             row = self._row(number, len(self._target.index), "pair")
             target_HWC = self._cut(self._target, row, number, "pair")
-            return self._coloured(self._simulated(target_HWC, number), number, "source"), target_HWC
+            source_HWC = self._simulated(target_HWC, _mpp(self._target.index, row), number)
+            return self._coloured(source_HWC, number, "source"), target_HWC
         if self._pairs_N2 is not None:
             rows = self._pairs_N2[self._row(number, len(self._pairs_N2), "pair")]
             source_HWC = self._cut(self._source, int(rows[0]), number, "pair")
@@ -142,11 +144,9 @@ class TileSamples:
             return pixels_HWC
         return jitter_stain(pixels_HWC, sample_rng(self.seed, number, f"{stream} colour"))
 
-    def _simulated(self, pixels_HWC: U8_HWC, number: int) -> U8_HWC:
-        from wsi_pipeline.core.frozen import FrozenModel, simulate_frozen
-
-        model = self.config.frozen or FrozenModel()
-        return simulate_frozen(pixels_HWC, self._mpp, model, sample_rng(self.seed, number, "frozen"))
+    def _simulated(self, pixels_HWC: U8_HWC, mpp: float, number: int) -> U8_HWC:
+        rng = sample_rng(self.seed, number, "frozen")
+        return simulate_frozen(pixels_HWC, mpp, self.config.frozen, rng)
 
 
 def _side(config: DataConfig, name: str, path: str, domain: str | None) -> TileIndex:
@@ -168,10 +168,12 @@ def _side(config: DataConfig, name: str, path: str, domain: str | None) -> TileI
     return tiles
 
 
-def _one_mpp(tiles: TileIndex) -> float:
-    if tiles.mpp is None:
+def _mpp(tiles: TileIndex, row: int) -> float:
+    """Pixel size of a row's tile in µm, the geometric mean of both axes."""
+    mpp = tiles.mpp_of(row)
+    if mpp is None:
         raise ConfigError(f"data.mpp: state the pixel size of the pictures in {tiles.origin}, in µm")
-    return float(np.sqrt(tiles.mpp[0] * tiles.mpp[1]))
+    return math.sqrt(mpp[0] * mpp[1])
 
 
 def _pairs(source: TileIndex, target: TileIndex) -> npt.NDArray[np.int64]:

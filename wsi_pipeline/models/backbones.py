@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -149,7 +150,7 @@ def make_backbone(
 class _TinyNetwork(nn.Module):
     """Four convolutions with fixed random filters: a map after the third (side / 8) and after the fourth.
 
-    The same on every machine and whatever the global generator's state, which it does not move.
+    The same on every machine and whatever the state of torch's generator, which it does not move.
     """
 
     _STAGES = (
@@ -162,12 +163,14 @@ class _TinyNetwork(nn.Module):
 
     def __init__(self, level2: Level2) -> None:
         super().__init__()
-        rng = torch.Generator().manual_seed(_TINY_SEED)
+        rng = np.random.default_rng(_TINY_SEED)
         self.level2 = level2
         self.filters = nn.ParameterList()
         for inputs, outputs, size, _ in self._STAGES:
-            gain = (2.0 / (1.0 + self._SLOPE**2) / (inputs * size**2)) ** 0.5
-            self.filters.append(torch.randn(outputs, inputs, size, size, generator=rng) * gain)
+            # Of the variance that keeps the activations' size.
+            limit = (6.0 / (1.0 + self._SLOPE**2) / (inputs * size**2)) ** 0.5
+            kernel = rng.uniform(-limit, limit, (outputs, inputs, size, size))
+            self.filters.append(torch.from_numpy(kernel.astype(np.float32)))
 
     def forward(self, x: Tensor) -> Features:
         maps = []

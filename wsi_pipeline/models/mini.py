@@ -6,8 +6,8 @@ million parameters, 8.5 MB as float32 with adapters of rank 1, so that it fits i
 Where the time goes. At 128 x 128 px one core of a 2 GHz class machine takes 0.19 s for a crop forward and
 backward (0.23 s with adapters of rank 1), of which the decoder takes 60 %, the encoder 25 % and the UNet
 15 %: nearly all of it in the convolutions at full and half resolution. The first two widths are therefore the
-ones that are kept small, in multiples of 8 because that is what convolutions on a CPU are vectorised over. The
-UNet works on a latent of an eighth of the side, where width costs weights but hardly time.
+ones that are kept small, in multiples of 8 because that is what convolutions on a CPU are vectorised over.
+The UNet works on a latent of an eighth of the side, where width costs weights but hardly time.
 
 Whole tiles only (``multi_view`` off): a second encoder would add its weights and a quarter of the time, and
 its cells leave lines.

@@ -86,7 +86,9 @@ def test_gradients_on_flat_images_are_finite(distance: Lpips, level: float) -> N
     assert torch.isfinite(x.grad).all() and x.grad.abs().max() > 0
 
 
-def test_gradients_are_finite_where_every_channel_is_zero(distance: Lpips) -> None:
+def test_gradients_are_finite_where_every_channel_is_zero(
+    distance: Lpips, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Without biases, an image of the mean colour leaves zeros in every tap, where a root has no derivative.
     bare = {f"features.{name}": value.clone() for name, value in distance.features.state_dict().items()}
     for name in bare:
@@ -95,8 +97,14 @@ def test_gradients_are_finite_where_every_channel_is_zero(distance: Lpips) -> No
     heads = {f"lin{i}.model.1.weight": weight for i, weight in enumerate(distance.heads)}
     flat = Lpips(bare, heads)
     x = flat.mean.expand(1, 3, 32, 32).clone().requires_grad_()
-    flat(x, images(1, 32, 32)).sum().backward()
-    assert torch.isfinite(x.grad).all()
+    found = flat(x, images(1, 32, 32))
+    found.sum().backward()
+    assert torch.isfinite(found).all() and torch.isfinite(x.grad).all()
+    # A ReLU hides what is not finite from the image, so the normalised taps are asked themselves.
+    monkeypatch.setattr(flat.features, "forward", lambda x: [x * 0.0])
+    zero = torch.ones(1, 3, 4, 4, requires_grad=True)
+    flat._taps(zero)[0].sum().backward()
+    assert torch.isfinite(zero.grad).all()
 
 
 def test_frozen_and_whole_in_its_module(distance: Lpips) -> None:

@@ -6,8 +6,9 @@ version 0.1. With f_l the features after ReLU 1_2, 2_2, 3_3, 4_3, 5_3 of VGG16, 
     d(x, y) = sum over l of  mean over pixels of  sum over channels of  w_l (n(f_l(x)) - n(f_l(y)))^2
     n(f)    = f / sqrt(sum over channels of f^2 + epsilon)
 
-Why the epsilon is inside of the root: on flat background all channels of a tap can be 0, and there the root of
-the published program has no gradient (NaN). It changes distances by less than 1e-6.
+Why the epsilon is inside of the root: on flat background all channels of a tap can be 0, where a bare root
+has no derivative (the published program's NaN is hidden by the ReLU before it, as torch computes that today).
+It changes distances by less than 1e-6.
 
 The heads (``lpips_vgg_v01.safetensors``, 6 kB, BSD-2-Clause, notice in its metadata) come with the package.
 VGG16's 0.5 GB are the user's file, or what torchvision left in torch's cache; nothing is downloaded.

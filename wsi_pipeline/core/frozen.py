@@ -43,9 +43,13 @@ PARAFFIN: tuple[Rgb, Rgb] = ((0.562, 0.705, 0.432), (0.211, 0.890, 0.403))
 
 WHITE: Rgb = (243.0, 241.0, 242.0)  # the palette's glass
 BLUE = (0.87, 0.48, 0.12)  # direction of a haematoxylin that looks blue, as met in her2st
-NUCLEAR_OD = (0.5, 1.2)  # haematoxylin that is surely not, and surely, a nucleus in FFPE
+NUCLEAR = (0.3, 0.65)  # of dense haematoxylin: what is surely not, and surely, a nucleus
+DENSE = ((0.8, 2.5), (0.25, 1.5))
+"""Limits of what counts as dense haematoxylin and eosin (98th percentile): a picture may hold no nuclei."""
+GAINS = (0.4, 2.8)  # more would show the picture's own noise
 SLOPE = 1.8  # mean slope of a field of unit length and deviation: turns the width of an edge into a step
 LOG_255 = float(np.log(255.0))
+SPARED_UM = 0.8  # ice keeps off a nucleus by about this
 DENSEST = 5.0  # optical density; darker is black in 8 bits
 
 
@@ -92,15 +96,16 @@ def simulate_frozen(
     dials = [_Dial(s, model.severity, p.probability) for s, p in zip(seeds, parts, strict=True)]
     planes_HWC = _unmixed(pixels_HWC, white)
     h_HW, e_HW, rest_HW = cv2.split(planes_HWC)
+    dense = (_dense(h_HW, DENSE[0]), _dense(e_HW, DENSE[1]))
     if dials[0].on:
-        h_HW = _smudge(h_HW, mpp, model.chromatin, dials[0], blade)
+        h_HW = _smudge(h_HW, _nuclei(h_HW, dense[0]), mpp, model.chromatin, dials[0], blade)
     density_HW = np.ones_like(h_HW)
     if dials[1].on:
-        density_HW = _freeze(h_HW, mpp, model.ice, dials[1])
+        density_HW = _freeze(_nuclei(h_HW, dense[0]), mpp, model.ice, dials[1])
     if dials[2].on:
         density_HW = density_HW * _cut(h_HW.shape, mpp, model.section, dials[2], blade)
     planes_HWC = cv2.merge([plane * density_HW for plane in (h_HW, e_HW, rest_HW)])
-    light_HWC = _stained(planes_HWC, white, model.stain, dials[3])
+    light_HWC = _stained(planes_HWC, dense, white, model.stain, dials[3])
     return _photographed(light_HWC, mpp, model.light, dials[4])
 
 
@@ -112,12 +117,13 @@ def _unmixed(pixels_HWC: U8_HWC, white: Rgb) -> F32_HWC:
     return np.asarray(cv2.transform(od_HWC, np.linalg.inv(_basis(*np.array(PARAFFIN)))), np.float32)
 
 
-def _smudge(h_HW: F32_HW, mpp: float, spec: Chromatin, dial: _Dial, blade: float) -> F32_HW:
+def _smudge(
+    h_HW: F32_HW, nuclei_HW: F32_HW, mpp: float, spec: Chromatin, dial: _Dial, blade: float
+) -> F32_HW:
     """Haematoxylin with flat, smeared, swollen nuclei."""
     flat, pallor = min(dial.amount(spec.flat), 1.0), dial.amount(spec.pallor, 1.0)
     smudge, smear = dial.amount(spec.smudge_um) / mpp, dial.amount(spec.smear_um) / mpp
     swell, leak = dial.amount(spec.swell_um) / mpp, min(dial.amount(spec.leak), 0.5)
-    nuclei_HW = _nuclei(h_HW)
     inside_HW = nuclei_HW * h_HW
     # Averaged among nuclear pixels only: chromatin goes flat, the nucleus keeps its outline.
     texture = spec.texture_um / mpp
@@ -131,17 +137,17 @@ def _smudge(h_HW: F32_HW, mpp: float, spec: Chromatin, dial: _Dial, blade: float
     return _drag(h_HW, smudge, smear, blade)
 
 
-def _freeze(h_HW: F32_HW, mpp: float, spec: Ice, dial: _Dial) -> F32_HW:
+def _freeze(nuclei_HW: F32_HW, mpp: float, spec: Ice, dial: _Dial) -> F32_HW:
     """Factor on density: below 1 in holes, above 1 in their rims."""
     share, depth = min(dial.amount(spec.share), 0.8), dial.size(spec.depth)
     size, stretch, edge = dial.size(spec.size_um), dial.size(spec.stretch), dial.size(spec.edge_um)
     spare, cluster, rim = dial.size(spec.spare), dial.size(spec.cluster), dial.amount(spec.rim)
     fine_share, fine_size = min(dial.amount(spec.fine_share), 0.8), dial.size(spec.fine_size_um)
     fine_depth, angle = dial.size(spec.fine_depth), dial.angle()
-    nuclei_HW = _blur(_nuclei(h_HW), 0.4 / mpp)
-    front_HW = cluster * slow_field(h_HW.shape, mpp, spec.region_um, dial.rng)
-    grains_HW = oriented_field(h_HW.shape, mpp, size, dial.rng, stretch=stretch, angle=angle)
-    fine_HW = oriented_field(h_HW.shape, mpp, fine_size, dial.rng)
+    nuclei_HW, shape = _blur(nuclei_HW, SPARED_UM / mpp), nuclei_HW.shape
+    front_HW = cluster * slow_field(shape, mpp, spec.region_um, dial.rng)
+    grains_HW = oriented_field(shape, mpp, size, dial.rng, stretch=stretch, angle=angle)
+    fine_HW = oriented_field(shape, mpp, fine_size, dial.rng)
     deviation = float(np.hypot(1.0, cluster))
     holes_HW = _above(grains_HW + front_HW - spare * nuclei_HW, share, deviation, SLOPE * edge / size)
     foam_HW = _above(fine_HW + front_HW - spare * nuclei_HW, fine_share, deviation, SLOPE * 0.7 / fine_size)
@@ -164,20 +170,22 @@ def _cut(shape: tuple[int, int], mpp: float, spec: Section, dial: _Dial, blade: 
     return np.asarray(max(gain, 0.1) * np.maximum(relative_HW, 0.2), np.float32)
 
 
-def _stained(planes_HWC: F32_HWC, white: Rgb, spec: Stain, dial: _Dial) -> F32_HWC:
+def _stained(
+    planes_HWC: F32_HWC, dense: tuple[float, float], white: Rgb, spec: Stain, dial: _Dial
+) -> F32_HWC:
     """Transmitted light in grey levels, with the frozen section's dyes and glass."""
-    glass = np.array([dial.amount(spec.glass, 1.0) for _ in range(3)])
-    h_gain, e_gain = dial.amount(spec.haematoxylin, 1.0), dial.amount(spec.eosin, 1.0)
-    washed = dial.amount(spec.washed_eosin, 1.0)
-    e_gain *= washed if dial.chance(spec.wash_out) else 1.0
+    glass, pink = dial.amount(spec.glass, 1.0), dial.amount(spec.pink)
+    wanted = dial.size(spec.haematoxylin), dial.size(spec.eosin), dial.size(spec.washed_eosin)
+    gains = [wanted[0] / dense[0], wanted[2 if dial.chance(spec.wash_out) else 1] / dense[1]]
+    h_gain, e_gain = (max(1.0 + dial.severity * (np.clip(g, *GAINS) - 1.0), 0.05) for g in gains)
     h, e = (_turned(np.array(v), np.radians(dial.amount(spec.turn_deg)), dial.rng) for v in PARAFFIN)
     blue = min(dial.amount(spec.blue), 1.0) * dial.chance(spec.blue_probability)
     h = (1.0 - blue) * h + blue * np.array(BLUE)
     veil, share = dial.amount(spec.veil), dial.rng.random()
-    basis = _basis(h / np.linalg.norm(h), e) * np.array([max(h_gain, 0.05), max(e_gain, 0.05), 1.0])
+    basis = _basis(h / np.linalg.norm(h), e) * np.array([h_gain, e_gain, 1.0])
     offset = veil * (share * h + (1.0 - share) * e)
     od_HWC = cv2.transform(planes_HWC, np.column_stack([basis, offset]))
-    lit = np.log(np.minimum(np.array(white) * glass, 255.0)).astype(np.float32)
+    lit = np.log(np.minimum(np.array(white) * glass * (1.0, 1.0 - pink, 1.0), 255.0)).astype(np.float32)
     return np.asarray(cv2.exp(np.clip(lit - od_HWC, -DENSEST, LOG_255)), np.float32)
 
 
@@ -199,9 +207,15 @@ def _photographed(light_HWC: F32_HWC, mpp: float, spec: Light, dial: _Dial) -> U
     return _jpeg(pixels_HWC, int(np.clip(quality, 5, 100))) if dial.on and coded else pixels_HWC
 
 
-def _nuclei(h_HW: F32_HW) -> F32_HW:
-    low, high = NUCLEAR_OD
-    return np.asarray(np.clip((h_HW - low) / (high - low), 0.0, 1.0), np.float32)
+def _dense(plane_HW: F32_HW, limits: Range) -> float:
+    """98th percentile of some thousand pixels, within limits."""
+    step = max(1, int(np.sqrt(plane_HW.size / 4096)))
+    return float(np.clip(np.percentile(plane_HW[::step, ::step], 98.0), *limits))
+
+
+def _nuclei(h_HW: F32_HW, dense: float) -> F32_HW:
+    low, high = NUCLEAR
+    return np.asarray(np.clip((h_HW / dense - low) / (high - low), 0.0, 1.0), np.float32)
 
 
 def _above(field_HW: F32_HW, share: float, deviation: float, width: float) -> F32_HW:

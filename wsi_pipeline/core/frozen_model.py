@@ -2,9 +2,9 @@
 
 Each docstring says what happens to tissue and what the numbers mean; ``core.frozen`` applies them. Values are
 our choice, made by looking at real frozen sections (TCGA BS/TS tiles, her2st) beside simulated ones, and
-fitted to no score; where a source gives a number, the class says so. What the artefacts are is textbook: S. A. Taqi
-et al., "A review of artifacts in histopathology", J. Oral Maxillofac. Pathol. 22, 2018; S. Chatterjee,
-"Artefacts in histopathology", J. Oral Maxillofac. Pathol. 18, 2014.
+fitted to no score; where a source gives a number, the class says so. What the artefacts are is textbook:
+S. A. Taqi et al., "A review of artifacts in histopathology", J. Oral Maxillofac. Pathol. 22, 2018;
+S. Chatterjee, "Artefacts in histopathology", J. Oral Maxillofac. Pathol. 18, 2014.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Chromatin:
     """
 
     probability: float = 1.0
-    smudge_um: Range = (0.4, 1.3)
-    smear_um: Range = (0.0, 3.0)
-    swell_um: Range = (0.0, 0.8)
+    smudge_um: Range = (0.1, 0.4)
+    smear_um: Range = (0.0, 0.9)
+    swell_um: Range = (0.0, 0.9)
     flat: Range = (0.3, 0.95)
-    pallor: Range = (0.75, 1.2)
-    leak: Range = (0.0, 0.2)
+    pallor: Range = (0.8, 1.5)
+    leak: Range = (0.0, 0.3)
     leak_um: float = 4.0
     texture_um: float = 1.5
 
@@ -55,18 +55,18 @@ class Ice:
     """
 
     probability: float = 0.9
-    share: Range = (0.0, 0.35)
-    size_um: Range = (5.0, 16.0)
+    share: Range = (0.0, 0.4)
+    size_um: Range = (3.5, 11.0)
     stretch: Range = (1.0, 2.5)
     spare: Range = (0.8, 2.5)
-    cluster: Range = (0.2, 1.2)
+    cluster: Range = (0.2, 0.7)
     region_um: float = 250.0
     depth: Range = (0.85, 1.0)
-    edge_um: Range = (0.5, 1.5)
+    edge_um: Range = (0.4, 1.2)
     rim: Range = (0.0, 0.25)
     fine_share: Range = (0.0, 0.35)
     fine_size_um: Range = (1.5, 4.0)
-    fine_depth: Range = (0.2, 0.7)
+    fine_depth: Range = (0.2, 0.85)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ class Section:
     """
 
     probability: float = 1.0
-    gain: Range = (0.9, 1.35)
+    gain: Range = (0.9, 1.25)
     uneven: Range = (0.0, 0.12)
     uneven_um: float = 150.0
     chatter: Range = (0.0, 0.08)
@@ -93,22 +93,25 @@ class Section:
 class Stain:
     """Rapid staining: other hues, other strengths, and a glass that is not white.
 
-    ``haematoxylin``, ``eosin``: factors on density; ``turn_deg``: deviation of each dye's direction in
-    density space, any way; ``blue``: of haematoxylin towards a dye that absorbs red only (rapid
-    haematoxylins look blue); ``wash_out``: chance that eosin is nearly gone, with its factor
-    ``washed_eosin``; ``veil``: density of dye that stays on the glass, in eosin's or haematoxylin's hue.
+    ``haematoxylin``, ``eosin``: optical density that dense parts of the picture shall reach, whatever they
+    had: a laboratory's frozen protocol knows nothing of its paraffin protocol (real frozen tiles have 1.5 to 4
+    and 0.3 to 2.4). ``wash_out``: chance that eosin is nearly gone and has ``washed_eosin`` instead.
+    ``turn_deg``: deviation of each dye's direction in density space, any way; ``blue``: of haematoxylin, with
+    its own probability, towards a dye that absorbs red only, as rapid haematoxylins do. ``veil``: density of
+    dye that stays on the glass; ``glass``: brightness by the source's; ``pink``: share of green it lacks.
     """
 
     probability: float = 1.0
-    haematoxylin: Range = (0.75, 1.5)
-    eosin: Range = (0.5, 1.5)
-    turn_deg: Range = (0.0, 7.0)
+    haematoxylin: Range = (1.1, 3.2)
+    eosin: Range = (0.4, 1.7)
+    turn_deg: Range = (0.0, 6.0)
     blue: Range = (0.0, 0.6)
     blue_probability: float = 0.3
     wash_out: float = 0.15
-    washed_eosin: Range = (0.1, 0.5)
+    washed_eosin: Range = (0.1, 0.35)
     veil: Range = (0.0, 0.06)
-    glass: Range = (0.93, 1.03)
+    glass: Range = (0.95, 1.03)
+    pink: Range = (-0.005, 0.04)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,10 +125,10 @@ class Light:
     """
 
     probability: float = 1.0
-    blur_um: Range = (0.0, 1.0)
-    blur_least: Range = (0.3, 1.0)
+    blur_um: Range = (0.0, 0.5)
+    blur_least: Range = (0.2, 0.8)
     focus_um: float = 200.0
-    haze: Range = (0.0, 0.3)
+    haze: Range = (0.0, 0.2)
     haze_um: Range = (1.5, 4.0)
     shot: Range = (0.0, 2.0)
     read: Range = (0.0, 1.5)

@@ -7,7 +7,7 @@ W'[o, i, u, v] = W[o, i, u, v] + s sum_r B[o, r] A[r, i, u, v]. The sum is taken
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from wsi_pipeline.models.layout import VAES, Direction, meta_unet, meta_vae
 from wsi_pipeline.models.lora_turbo import Translator
 from wsi_pipeline.models.weights import TurboWeights
 
-__all__ = ["adapted_vae", "assemble", "merged_tensor", "with_adapters"]
+__all__ = ["adapted_vae", "assemble", "merged_tensor", "with_adapters", "without_adapters"]
 
 ADAPTER = "lora"
 
@@ -83,12 +83,31 @@ def with_adapters(weights: TurboWeights, directions: Iterable[Direction]) -> dic
     layout = weights.layout
     unet = meta_unet(layout.unet_config)
     _adapt(unet, weights, "unet", list(layout.unet_adapted), layout.rank_unet, weights.unet_scale)
+    return _sharing(unet, lambda name: adapted_vae(weights, name), weights, directions)
+
+
+def without_adapters(weights: TurboWeights, directions: Iterable[Direction]) -> dict[Direction, Translator]:
+    """As ``with_adapters``, but plain layers with the adapters merged into them: to be trained as a whole."""
+
+    def filled(module: Any, prefix: str) -> Any:
+        state = {key: merged_tensor(weights, f"{prefix}.{key}").clone() for key in module.state_dict()}
+        module.load_state_dict(state, assign=True)
+        return module
+
+    unet = filled(meta_unet(weights.layout.unet_config), "unet")
+    return _sharing(unet, lambda name: filled(meta_vae(weights.layout.vae_config), name), weights, directions)
+
+
+def _sharing(
+    unet: nn.Module, vae: Callable[[str], Any], weights: TurboWeights, directions: Iterable[Direction]
+) -> dict[Direction, Translator]:
+    """Translators around one UNet; ``vae`` builds the autoencoder of a name in ``VAES``."""
     built = {}
     for direction in directions:
         whole, local = VAES[direction]
-        local_encoder = adapted_vae(weights, local).encoder if weights.multi_view(direction) else None
+        local_encoder = vae(local).encoder if weights.multi_view(direction) else None
         text = weights.prompts[direction].embedding.clone()
-        built[direction] = _translator(unet, adapted_vae(weights, whole), local_encoder, text)
+        built[direction] = _translator(unet, vae(whole), local_encoder, text)
     return built
 
 

@@ -5,7 +5,9 @@ Which parameters learn (Zhang et al., Diffusion-FFPE; img2img-turbo):
     adapters    of the UNet and of the global autoencoders, and the UNet's first convolution itself, as
     published.
                 The bases of the skip convolutions keep their constant; only their adapters learn.
-    all         everything, for small networks that have no pretrained base
+    all         everything, for small networks that have no pretrained base. Adapters are merged into the
+    layers and
+                begin anew, with no effect: whoever has these weights can adapt them
 
 The local encoders are used as they are unless ``train_local`` is set: the published program computed their
 gradients and never applied them, so that is what its weights were trained with.
@@ -20,7 +22,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from wsi_pipeline.models.assemble import ADAPTER, with_adapters
+from wsi_pipeline.models.assemble import ADAPTER, with_adapters, without_adapters
 from wsi_pipeline.models.layout import VAES, Direction
 from wsi_pipeline.models.lora_turbo import Translator
 from wsi_pipeline.models.weights import TurboWeights, tensors_digest
@@ -54,7 +56,8 @@ class TurboNetwork(nn.Module):
         self._bf16 = bf16
         self._initial = weights
         self._trainable = trainable
-        self.translators = nn.ModuleDict(with_adapters(weights, weights.directions))
+        build = without_adapters if trainable == "all" else with_adapters
+        self.translators = nn.ModuleDict(build(weights, weights.directions))
         self.learning: dict[str, nn.Parameter] = {}
         for name, parameter in self._named():
             learns = _learns(name, trainable, train_local)
@@ -119,10 +122,12 @@ class TurboNetwork(nn.Module):
             whole = next((whole for whole, local in VAES.values() if local == part), part)
             if name in current:
                 tensors[name] = current[name]
-            elif self._trainable == "all":
-                tensors[name] = current[f"{whole}.{key}"]
-            else:
+            elif self._trainable == "adapters" or ".lora_A." in name:
                 tensors[name] = self._initial.tensors[name]
+            elif ".lora_B." in name:
+                tensors[name] = torch.zeros_like(self._initial.tensors[name])
+            else:
+                tensors[name] = current[f"{whole}.{key}"]
         return replace(self._initial, tensors=tensors, digest=tensors_digest(tensors))
 
 

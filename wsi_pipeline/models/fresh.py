@@ -111,11 +111,11 @@ def from_scratch(
     weights = _weights(layout, drawn, prompts, seed, "none", f"{seed:064x}", mpp, tile, licence)
     tensors = dict(weights.tensors)
     for vae in layout.vaes:
-        _carry_picture(tensors, vae, 0.5 if multi_view else 1.0)
+        _carry_picture(tensors, vae, int(vae_config["layers_per_block"]), 0.5 if multi_view else 1.0)
     return replace(weights, tensors=tensors, digest=tensors_digest(tensors))
 
 
-def _carry_picture(tensors: dict[str, Tensor], vae: str, gain: float) -> None:
+def _carry_picture(tensors: dict[str, Tensor], vae: str, layers: int, gain: float) -> None:
     """Set the layers between the picture and the output so that an autoencoder with skips returns its input.
 
     The first convolution copies R, G, B into three features, the outermost skip takes them to the last block
@@ -131,7 +131,7 @@ def _carry_picture(tensors: dict[str, Tensor], vae: str, gain: float) -> None:
     width = len(at("decoder.conv_norm_out.weight"))
     middle = (1, 1)
     for name in ("weight", "bias"):
-        for layer in range(3):
+        for layer in range(layers + 1):
             at(f"decoder.up_blocks.3.resnets.{layer}.conv2.{name}").zero_()
         at(f"decoder.up_blocks.2.upsamplers.0.conv.{name}")[:3] = 0.0
         at(f"decoder.conv_out.{name}").zero_()

@@ -143,7 +143,7 @@ class NoGenerator:
         ("stain_transfer", {"tile": 0}, ">= 1"),
         ("identity", {"batch": 0}, ">= 1"),
         ("identity", {"strength": 1.0}, "unknown option strength; valid options: batch, tile"),
-        ("stain-transfer", {}, "no such generator; choose identity, lora_turbo, stain_transfer"),
+        ("stain-transfer", {}, "no such generator; choose ffpe_mini, identity, lora_turbo, stain_transfer"),
         ("no_such_package.gan:Gan", {}, "cannot be imported.*install"),
         ("wsi_pipeline.generators.identity:Gan", {}, "has no class Gan"),
         ("pathlib:Path", {}, "must be a dataclass"),

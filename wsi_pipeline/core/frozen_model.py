@@ -94,8 +94,8 @@ class Stain:
     """Rapid staining: other hues, other strengths, and a glass that is not white.
 
     ``haematoxylin``, ``eosin``: optical density that dense parts of the picture shall reach, whatever they
-    had: a laboratory's frozen protocol knows nothing of its paraffin protocol (real frozen tiles: 1.5 to 4 and
-    0.3 to 2.4). ``wash_out``: chance that eosin is nearly gone and has ``washed_eosin`` instead.
+    had: a laboratory's frozen protocol knows nothing of its paraffin protocol (real frozen tiles: 1.5 to 4
+    and 0.3 to 2.4). ``wash_out``: chance that eosin is nearly gone and has ``washed_eosin`` instead.
     ``turn_deg``: deviation of each dye's direction in density space, any way; ``blue``: of haematoxylin, with
     its own probability, towards a dye that absorbs red only, as rapid haematoxylins do. ``veil``: density of
     dye that stays on the glass; ``glass``: brightness by the source's; ``pink``: share of green it lacks.

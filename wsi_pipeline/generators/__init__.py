@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["GENERATORS", "GeneratorDescription", "OptionDescription", "describe", "make_generator"]
 
 GENERATORS: dict[str, str] = {
+    "ffpe_mini": "wsi_pipeline.generators.ffpe_mini:FfpeMini",
     "identity": "wsi_pipeline.generators.identity:Identity",
     "lora_turbo": "wsi_pipeline.generators.lora_turbo:LoraTurbo",
     "stain_transfer": "wsi_pipeline.generators.stain_transfer:StainTransfer",

@@ -26,7 +26,7 @@ import math
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -86,6 +86,8 @@ class LoraTurbo:
     CheckpointError where the bundle is missing, damaged or of another kind.
     """
 
+    kind: ClassVar[str] = "lora_turbo"
+
     weights: Path
     direction: Direction = "a2b"
     prompt: str | None = None
@@ -117,14 +119,14 @@ class LoraTurbo:
                 f"{self.weights}: holds no embedding of '{self.prompt}', only of {known}; import the "
                 "checkpoint again with --prompt-a2b"
             )
-        _check_tile(self.side, self.border)
+        _check_tile(self.kind, self.side, self.border)
         for name in ("batch", "max_vram", "mpp"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"generator lora_turbo: {name}={value}: must be above 0 and finite")
+                raise ConfigError(f"generator {self.kind}: {name}={value}: must be above 0 and finite")
         if not 0.0 <= self.gamma <= 10.0:
             raise ConfigError(
-                f"generator lora_turbo: gamma={self.gamma}: must be between 0 and 10; 1 is as trained"
+                f"generator {self.kind}: gamma={self.gamma}: must be between 0 and 10; 1 is as trained"
             )
         for dtype in (self.dtype, self.unet_dtype):
             choose_dtype(dtype, choose_device(self.device))
@@ -151,13 +153,13 @@ class LoraTurbo:
         device = choose_device(self.device)
         mpp = self.mpp or self._facts.mpp
         identity = {
-            "kind": "lora_turbo",
+            "kind": self.kind,
             "version": VERSION,
             "tile": self.side,
             **self._facts_for_people(device),
         }
         return GeneratorSpec(
-            kind="lora_turbo",
+            kind=self.kind,
             tile=self.side,
             halo=self.border,
             align=STRIDE_MULTIPLE,
@@ -173,7 +175,7 @@ class LoraTurbo:
     def prepare(self, thumbnail_HWC: U8_HWC, tissue_HW: npt.NDArray[np.bool_], mpp: Mpp) -> Context:
         """What made the pixels, for the manifest, and what becomes of the slide's glass."""
         glass = self._glass(thumbnail_HWC, tissue_HW)
-        notices = ["lora_turbo changes structure: detail of the output may be invented, or missing"]
+        notices = [f"{self.kind} changes structure: detail of the output may be invented, or missing"]
         if glass["reason"]:
             notices.append(
                 f"glass around tiles stays as it is ({glass['reason']}): tile borders may show there"
@@ -182,8 +184,7 @@ class LoraTurbo:
 
     def __call__(self, batch: TileBatch, context: Context) -> U8_BHWC:
         """Translated tiles. Raises GeneratorError where the device has no room for one tile, CheckpointError
-        where
-        the bundle changed or vanished since the run began."""
+        where the bundle changed or vanished since the run began."""
         return self._runner(len(batch.pixels_BHWC))(batch.pixels_BHWC, self._noise(batch))
 
     def background(self, pixels_HWC: U8_HWC, context: Context) -> U8_HWC:
@@ -192,7 +193,7 @@ class LoraTurbo:
             ratio = np.array(context["glass"]["ratio"], np.float64)
         except (KeyError, TypeError, ValueError) as error:
             raise GeneratorError(
-                f"generator lora_turbo: no glass in the context ({error!r}); run prepare again",
+                f"generator {self.kind}: no glass in the context ({error!r}); run prepare again",
                 spec=self.spec,
             ) from error
         levels = np.arange(256)[:, None] * ratio
@@ -268,16 +269,16 @@ class LoraTurbo:
         return {"source": colour.tolist(), "ratio": ratio.tolist(), "reason": ""}
 
 
-def _check_tile(side: int, halo: int) -> None:
+def _check_tile(kind: str, side: int, halo: int) -> None:
     if side < STRIDE_MULTIPLE or side % SIZE_MULTIPLE:
         below = max(side // SIZE_MULTIPLE * SIZE_MULTIPLE, STRIDE_MULTIPLE)
         raise ConfigError(
-            f"generator lora_turbo: tile={side}: must be a multiple of {SIZE_MULTIPLE}; "
+            f"generator {kind}: tile={side}: must be a multiple of {SIZE_MULTIPLE}; "
             f"give {below} or {below + SIZE_MULTIPLE}"
         )
     if halo < 0 or halo % LATENT_PX or 2 * halo >= side:
         raise ConfigError(
-            f"generator lora_turbo: halo={halo}: must be a multiple of {LATENT_PX} below {side // 2}"
+            f"generator {kind}: halo={halo}: must be a multiple of {LATENT_PX} below {side // 2}"
         )
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "frechet_distance",
     "kernel_distance",
     "statistics",
+    "symmetric_root",
 ]
 
 F32: TypeAlias = npt.NDArray[np.float32]
@@ -96,7 +97,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     only sets of equal N. Raises ConfigError for different numbers of features.
     """
     _same_dims(a.dims, b.dims)
-    roots = (_symmetric_root(a.sigma), _symmetric_root(b.sigma))
+    roots = (symmetric_root(a.sigma), symmetric_root(b.sigma))
     traces = float(np.trace(a.sigma) + np.trace(b.sigma))
     return _frechet(a.mu.astype(np.float64) - b.mu.astype(np.float64), traces, *roots)
 
@@ -125,7 +126,7 @@ def _frechet(difference_D: F64, traces: float, factor_a: F64, factor_b: F64) -> 
     return float(difference_D @ difference_D + traces - 2.0 * cross.sum())
 
 
-def _symmetric_root(sigma: F64) -> F64:
+def symmetric_root(sigma: F64) -> F64:
     """Symmetric square root of a covariance; eigenvalues below 0, which are rounding, count as 0."""
     if not np.isfinite(sigma).all():
         raise ConfigError("statistics: the covariance is not finite; make the statistics again")

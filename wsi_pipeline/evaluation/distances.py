@@ -1,0 +1,155 @@
+"""Distances between two sets of tiles: features once, then FID, KID and their intervals by patient.
+
+A further distance (precision and recall, density and coverage, one on other features) is a further function
+of two ``StoredStatistics`` and one line of ``DISTANCES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import TypeAlias
+
+import numpy as np
+
+from wsi_pipeline.core.bootstrap import I64, Interval, bootstrap_by_group, group_numbers
+from wsi_pipeline.core.fid import (
+    F64,
+    KernelSums,
+    factor,
+    frechet_between,
+    frechet_distance,
+    kernel_distance,
+    statistics,
+    symmetric_root,
+)
+from wsi_pipeline.core.protocols import U8_HWC
+from wsi_pipeline.evaluation.figures import Figure
+from wsi_pipeline.evaluation.settings import Emit, EvaluateConfig, Progress, Stage
+from wsi_pipeline.evaluation.statistics_file import StoredStatistics
+from wsi_pipeline.evaluation.tile_sets import TileSet
+from wsi_pipeline.models.features import F32, FeatureExtractor
+
+__all__ = ["DISTANCES", "extract", "set_distances"]
+
+Sides: TypeAlias = tuple[StoredStatistics, StoredStatistics]
+"""Generated and reference."""
+Statistic: TypeAlias = Callable[[Sequence[I64]], float]
+
+_FIXED = "\0fixed"
+"""The one group of a side whose patients nobody knows: it is never drawn again, so it counts once."""
+
+
+def extract(
+    tiles: TileSet, extractor: FeatureExtractor, config: EvaluateConfig, emit: Emit
+) -> StoredStatistics:
+    """Features of all tiles as statistics; threads read tiles, one batch ahead of the network."""
+    emit(Stage(stage=f"features of {tiles.role} tiles"))
+    found: list[F32] = []
+    with ThreadPoolExecutor(config.workers, "tiles") as pool:
+
+        def queued(start: int) -> list[Future[U8_HWC]]:
+            rows = range(start, min(start + config.batch, len(tiles)))
+            return [pool.submit(tiles.read, row) for row in rows]
+
+        coming = queued(0)
+        for start in range(0, len(tiles), config.batch):
+            batch, coming = coming, queued(start + config.batch)
+            found.append(extractor(np.stack([tile.result() for tile in batch])))
+            emit(Progress(done=start + len(batch), total=len(tiles)))
+    facts = statistics(
+        np.concatenate(found), extractor=extractor.name, resize=extractor.resize, encoding=tiles.encoding
+    )
+    return StoredStatistics(statistics=facts, groups=tiles.groups, digest=extractor.digest)
+
+
+def set_distances(sides: Sides, config: EvaluateConfig, emit: Emit, *, suffix: str = "") -> list[Figure]:
+    """The distances that are switched on and can be told; their keys end in ``suffix``."""
+    wanted = {"fid": config.fid, "kid": config.kid}
+    found = []
+    for key, distance in DISTANCES.items():
+        if not wanted.get(key, True):
+            continue
+        emit(Stage(stage=key.upper() + (" before translation" if suffix else "")))
+        figure = distance(sides, config, emit)
+        if figure is not None:
+            found.append(replace(figure, key=key + suffix))
+    return found
+
+
+def _fid(sides: Sides, config: EvaluateConfig, emit: Emit) -> Figure:
+    value = frechet_distance(sides[0].statistics, sides[1].statistics)
+    fixed = [None if _moves(side) else _root(side) for side in sides]
+
+    def resampled(counts: Sequence[I64]) -> float:
+        left = iter(counts)
+        a, b = (
+            factor(side.statistics.features, next(left)) if known is None else known  # type: ignore[arg-type]
+            for side, known in zip(sides, fixed, strict=True)
+        )
+        return frechet_between(a, b)
+
+    interval, note = _interval(sides, resampled, value, config, emit)
+    return Figure(key="fid", value=value, interval=interval, tiles=sides[0].statistics.n, note=note)
+
+
+def _root(side: StoredStatistics) -> tuple[F64, F64]:
+    return side.statistics.mu.astype(np.float64), symmetric_root(side.statistics.sigma)
+
+
+def _kid(sides: Sides, config: EvaluateConfig, emit: Emit) -> Figure | None:
+    a, b = (side.statistics.features for side in sides)
+    if a is None or b is None:
+        return None
+    value = kernel_distance(a, b, subsets=config.kid_subsets, size=config.kid_size, seed=config.seed)
+    labels = [side.groups if side.groups is not None else [_FIXED] * side.statistics.n for side in sides]
+    names, numbers = group_numbers(labels)
+    moving = [number for side, number in zip(sides, numbers, strict=True) if _moves(side)]
+    sums = KernelSums.of(a, numbers[0], b, numbers[1]) if config.draws and moving else None
+
+    def resampled(counts: Sequence[I64]) -> float:
+        counts_G = np.ones(len(names), np.int64)
+        for number, count in zip(moving, counts, strict=True):
+            counts_G[number] = count
+        return sums.distance(counts_G) if sums is not None else value
+
+    interval, note = _interval(sides, resampled, value, config, emit)
+    return Figure(key="kid", value=value, interval=interval, tiles=len(a), note=note)
+
+
+Distance: TypeAlias = Callable[[Sides, EvaluateConfig, Emit], Figure | None]
+
+DISTANCES: dict[str, Distance] = {"fid": _fid, "kid": _kid}
+"""Key of a figure -> its function, in the order of reports."""
+
+
+def _moves(side: StoredStatistics) -> bool:
+    """Whether patients of a side can be drawn again."""
+    return side.groups is not None and side.statistics.features is not None
+
+
+def _interval(
+    sides: Sides, resampled: Statistic, value: float, config: EvaluateConfig, emit: Emit
+) -> tuple[Interval | None, str]:
+    """The interval around ``value``, and in words what it does not cover or why there is none."""
+    if config.draws == 0:
+        return None, ""
+    moving = [side.groups for side in sides if side.groups is not None and _moves(side)]
+    if not moving:
+        return None, "no interval: no patients are stated"
+    done = 0
+
+    def counted(counts: Sequence[I64]) -> float:
+        nonlocal done
+        done += 1
+        emit(Progress(done=min(done, config.draws), total=config.draws))
+        return resampled(counts)
+
+    interval = bootstrap_by_group(moving, counted, draws=config.draws, seed=config.seed, value=value)
+    if interval is None:
+        return None, "no interval: it needs two patients on each side"
+    if len(moving) < len(sides):
+        which = "generated" if _moves(sides[0]) else "reference"
+        return interval, f"interval over patients of the {which} side only"
+    return interval, ""

@@ -16,16 +16,22 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from wsi_pipeline.cohorts.names import place_of
+from wsi_pipeline.cohorts.tcga import parse_barcode
 from wsi_pipeline.core.geometry import Mpp, Region
 from wsi_pipeline.core.protocols import U8_HWC
 from wsi_pipeline.errors import ConfigError, SlideError
 from wsi_pipeline.readers import open_slide
 from wsi_pipeline.readers.image import picture_size
 from wsi_pipeline.readers.lattice import IccMode, SlideView
+
+if TYPE_CHECKING:
+    from wsi_pipeline.cohorts.settings import FilterConfig
 
 __all__ = ["PICTURES", "IndexedSlide", "TileIndex", "TileReader", "load_tiles", "several"]
 
@@ -197,17 +203,36 @@ class TileReader:
         self._open = OrderedDict()
 
 
-def load_tiles(path: str | Path, *, mpp: Mpp | float | None = None) -> TileIndex:
-    """The index of a folder of pictures: each PNG, JPEG or TIFF in it and below, sorted, is one tile.
+def load_tiles(
+    path: str | Path,
+    *,
+    mpp: Mpp | float | None = None,
+    filters: FilterConfig | None = None,
+    everything: bool = False,
+) -> TileIndex:
+    """The tiles of an index file (Parquet), or of a folder of pictures.
 
-    ``mpp``: pixel size of the pictures, which is noted and changes no pixel. Links are followed. Raises
-    ConfigError for a path that is no folder, a folder without pictures, or pictures that cannot be opened
-    (all of them in one message).
+    Of an index, the tiles that serve, by the filters that it was made with or by ``filters``; or all of them
+    (``everything``).
+    Of a folder, each PNG, JPEG or TIFF in it and below, sorted, is one tile; sub-folders ``FF``, ``FFPE``,
+    ``train``, ``trainA`` and so on state domain and split; links are followed. ``mpp``: pixel size of the
+    pictures, which is noted and changes no pixel, or expected of the index. Raises ConfigError for what is
+    neither, an index of another pixel size, a folder without pictures, or pictures that cannot be opened.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ConfigError(f"{path}: no such folder or tile index; make one with wsi-pipeline tile")
     pair = (float(mpp), float(mpp)) if isinstance(mpp, int | float) else mpp
+    if Path(path).is_file():
+        from wsi_pipeline.cohorts.index_file import load_index
+
+        tiles = load_index(Path(path), filters=filters, everything=everything)
+        if pair and tiles.mpp and max(abs(a / b - 1) for a, b in zip(pair, tiles.mpp, strict=True)) > 0.1:
+            raise ConfigError(f"{path}: its tiles have {tiles.mpp[1]:g} µm per pixel, not {pair[1]:g}")
+        return tiles
+    if Path(path).is_dir():
+        return _folder_tiles(Path(path), pair)
+    raise ConfigError(f"{path}: no such folder or tile index; make one with wsi-pipeline tile")
+
+
+def _folder_tiles(folder: Path, pair: Mpp | None) -> TileIndex:
     names = _pictures(folder)
     slides, regions, problems = [], [], []
     for name in names:
@@ -217,18 +242,36 @@ def load_tiles(path: str | Path, *, mpp: Mpp | float | None = None) -> TileIndex
             problems.append(str(error))
             continue
         regions.append((0, 0, size.height, size.width))
-        stem = str(Path(name).with_suffix(""))
-        slides.append(IndexedSlide(path=str(folder / name), name=stem, mpp=pair or (1.0, 1.0), pair=stem))
+        slides.append(_picture(folder, name, pair))
     if problems:
-        raise ConfigError(f"{path}: {several(problems)}")
+        raise ConfigError(f"{folder}: {several(problems)}")
     sides = {side for _, _, *sides in regions for side in sides}
     return TileIndex(
-        origin=str(path),
+        origin=str(folder),
         slides=tuple(slides),
         slide_N=np.arange(len(slides), dtype=np.int32),
         region_N4=np.array(regions, np.int64).reshape(-1, 4),
         mpp=pair,
         tile=sides.pop() if len(sides) == 1 else 0,
+    )
+
+
+def _picture(folder: Path, name: str, mpp: Mpp | None) -> IndexedSlide:
+    """What a picture's relative name states: folders name domain and split, a barcode the patient.
+
+    Its partner of the other domain has the same name in the folder of that domain.
+    """
+    stem = Path(name).with_suffix("")
+    place, barcode = place_of(stem.parts[:-1]), parse_barcode(stem.name)
+    domain = place.domain or (barcode.domain if barcode else "")
+    return IndexedSlide(
+        path=str(folder / name),
+        name=stem.as_posix(),
+        mpp=mpp or (1.0, 1.0),
+        domain=domain,
+        patient=barcode.patient if barcode else "",
+        split=place.split,
+        pair="/".join((place.split, *place.rest, stem.name)).lstrip("/"),
     )
 
 

@@ -1,33 +1,26 @@
 """Batches made in other processes: torch's DataLoader, with its corners rounded off.
 
-- Processes come from a fork server (or are spawned where there is none): forking a process whose torch
-  threads run is a deadlock in waiting.
 - A batch crosses as two uint8 tensors in shared memory; an error of ours crosses as a value, since a
   DataLoader would rebuild it from its text alone and lose its kind.
 - The loader draws its own seeds from a generator of its own: by default it takes one from the global one, and
   a resumed run, which makes one loader more, would then draw other noise than an uninterrupted one.
-- One thread for each process: workers that each start one a core get in each other's way.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from wsi_pipeline.cohorts.processes import clean_context, single_threaded_children
 from wsi_pipeline.errors import WsiPipelineError
 
 if TYPE_CHECKING:
     from wsi_pipeline.training.data import TrainBatch
 
 __all__ = ["load_in_processes"]
-
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +59,10 @@ def load_in_processes(
         num_workers=workers,
         prefetch_factor=prefetch,
         worker_init_fn=_one_thread,
-        multiprocessing_context=_context(),
+        multiprocessing_context=clean_context("torch", "wsi_pipeline.training.data"),
         generator=torch.Generator(),
     )
-    with _single_threaded_children():
+    with single_threaded_children():
         items = iter(loader)
     try:
         for item in items:
@@ -86,29 +79,6 @@ def load_in_processes(
         ) from error
     finally:
         items._shutdown_workers()  # now, not when the garbage is collected
-
-
-def _context() -> Any:
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "wsi_pipeline.training.data"])
-    return context
-
-
-@contextmanager
-def _single_threaded_children() -> Iterator[None]:
-    """Processes that start in here compute with one thread: the libraries read this as they load."""
-    before = {name: os.environ.get(name) for name in THREADS}
-    os.environ.update(dict.fromkeys(THREADS, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _one_thread(worker: int) -> None:

@@ -1,0 +1,57 @@
+"""Processes that read slides: how they start, how many threads they use, when they end."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.context import BaseContext
+
+__all__ = ["begin_worker", "clean_context", "single_threaded_children"]
+
+PR_SET_PDEATHSIG = 1
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def clean_context(*preload: str) -> BaseContext:
+    """Processes of a fork server (which loads ``preload`` once), or spawned ones where there is none.
+
+    Why not a fork of this process: where torch's or a BLAS's threads run, a fork is a deadlock in waiting.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    return context
+
+
+@contextmanager
+def single_threaded_children() -> Iterator[None]:
+    """Processes that start in here compute with one thread: the libraries read this as they load.
+
+    Several processes that each start one thread a core only get in each other's way.
+    """
+    before = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(dict.fromkeys(THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def begin_worker() -> None:
+    """In a new worker: Ctrl-C is the parent's affair, and the parent's death is the worker's."""
+    import cv2
+
+    cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    library = ctypes.CDLL(None)
+    if hasattr(library, "prctl"):
+        library.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -105,12 +105,12 @@ def simulate_frozen(
     if dials[2].on:
         density_HW = density_HW * _cut(h_HW.shape, mpp, model.section, dials[2], blade)
     planes_HWC = cv2.merge([plane * density_HW for plane in (h_HW, e_HW, rest_HW)])
-    light_HWC = _stained(planes_HWC, dense, white, model.stain, dials[3])
+    light_HWC = _lit(planes_HWC, dense, white, model.stain, dials[3])
     return _photographed(light_HWC, mpp, model.light, dials[4])
 
 
 def _unmixed(pixels_HWC: U8_HWC, white: Rgb) -> F32_HWC:
-    """Concentrations of haematoxylin, eosin and the normal of their plane; the first two not below 0."""
+    """Density along haematoxylin, eosin and the normal of their plane; glass noise is around 0."""
     grey = np.maximum(np.arange(256.0), 1.0)[:, None]
     table = (np.log(white) - np.log(grey)).astype(np.float32).reshape(256, 1, 3)
     od_HWC = cv2.LUT(np.ascontiguousarray(pixels_HWC), table)
@@ -170,11 +170,8 @@ def _cut(shape: tuple[int, int], mpp: float, spec: Section, dial: _Dial, blade: 
     return np.asarray(max(gain, 0.1) * np.maximum(relative_HW, 0.2), np.float32)
 
 
-def _stained(
-    planes_HWC: F32_HWC, dense: tuple[float, float], white: Rgb, spec: Stain, dial: _Dial
-) -> F32_HWC:
-    """Transmitted light in grey levels, with the frozen section's dyes and glass."""
-    glass, pink = dial.amount(spec.glass, 1.0), dial.amount(spec.pink)
+def _dyed(dense: tuple[float, float], spec: Stain, dial: _Dial) -> tuple[F64, F64]:
+    """Density of each plane's unit [3, 3] in its columns and of the veil [3], the frozen section's dyes."""
     wanted = dial.size(spec.haematoxylin), dial.size(spec.eosin), dial.size(spec.washed_eosin)
     gains = [wanted[0] / dense[0], wanted[2 if dial.chance(spec.wash_out) else 1] / dense[1]]
     h_gain, e_gain = (max(1.0 + dial.severity * (np.clip(g, *GAINS) - 1.0), 0.05) for g in gains)
@@ -183,10 +180,18 @@ def _stained(
     h = (1.0 - blue) * h + blue * np.array(BLUE)
     veil, share = dial.amount(spec.veil), dial.rng.random()
     basis = _basis(h / np.linalg.norm(h), e) * np.array([h_gain, e_gain, 1.0])
-    offset = veil * (share * h + (1.0 - share) * e)
-    od_HWC = cv2.transform(planes_HWC, np.column_stack([basis, offset]))
-    lit = np.log(np.minimum(np.array(white) * glass * (1.0, 1.0 - pink, 1.0), 255.0)).astype(np.float32)
-    return np.asarray(cv2.exp(np.clip(lit - od_HWC, -DENSEST, LOG_255)), np.float32)
+    return basis, veil * (share * h + (1.0 - share) * e)
+
+
+def _lit(planes_HWC: F32_HWC, dense: tuple[float, float], white: Rgb, spec: Stain, dial: _Dial) -> F32_HWC:
+    """Transmitted light in grey levels, through the section's dyes and glass."""
+    basis, veil, light = _basis(*np.array(PARAFFIN)), np.zeros(3), np.array(white)
+    if dial.on:
+        basis, veil = _dyed(dense, spec, dial)
+        light = light * dial.amount(spec.glass, 1.0) * (1.0, 1.0 - dial.amount(spec.pink), 1.0)
+    od_HWC = cv2.transform(planes_HWC, np.column_stack([basis, veil]))
+    log_light = np.log(np.minimum(light, 255.0)).astype(np.float32)
+    return np.asarray(cv2.exp(np.clip(log_light - od_HWC, -DENSEST, LOG_255)), np.float32)
 
 
 def _photographed(light_HWC: F32_HWC, mpp: float, spec: Light, dial: _Dial) -> U8_HWC:

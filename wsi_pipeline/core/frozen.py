@@ -92,8 +92,10 @@ def simulate_frozen(
     if model.severity <= 0.0 or not pixels_HWC.size:
         return pixels_HWC.copy()
     blade = _Dial(blade_seed, 1.0, 1.0).angle()
-    parts = (model.chromatin, model.ice, model.section, model.stain, model.light)
-    dials = [_Dial(s, model.severity, p.probability) for s, p in zip(seeds, parts, strict=True)]
+    chances = [
+        part.probability for part in (model.chromatin, model.ice, model.section, model.stain, model.light)
+    ]
+    dials = [_Dial(s, model.severity, chance) for s, chance in zip(seeds, chances, strict=True)]
     planes_HWC = _unmixed(pixels_HWC, white)
     h_HW, e_HW, rest_HW = cv2.split(planes_HWC)
     dense = (_dense(h_HW, DENSE[0]), _dense(e_HW, DENSE[1]))
@@ -128,8 +130,8 @@ def _smudge(
     # Averaged among nuclear pixels only: chromatin goes flat, the nucleus keeps its outline.
     texture = spec.texture_um / mpp
     mean_HW = _blur(inside_HW, texture) / np.maximum(_blur(nuclei_HW, texture), 1e-3)
-    h_HW = h_HW + flat * nuclei_HW * (mean_HW - h_HW)
-    h_HW = h_HW * (1.0 + max(pallor - 1.0, -0.9) * nuclei_HW)
+    h_HW += flat * nuclei_HW * (mean_HW - h_HW)
+    h_HW *= 1.0 + max(pallor - 1.0, -0.9) * nuclei_HW
     if swell > 0.05:
         h_HW = _dilate(h_HW, swell)
     spread_HW = _blur(h_HW * nuclei_HW, spec.leak_um / mpp)

@@ -34,7 +34,7 @@ _FREE = {
         *("on_collapse", "collapse_change", "collapse_steps"),
     ),
     "data": ("workers", "prefetch", "open_slides", "cache", "cache_gib"),
-    "validation": ("every", "shown"),
+    "validation": ("every", "shown", "choose"),
     "model": ("recompute", "licence"),
 }
 _OURS = (

@@ -266,7 +266,8 @@ class _Run:
         """Write the bundle of the best checkpoint, or of the last where nothing was validated."""
         best = self.folder.best()
         found = {checkpoint.step: checkpoint for checkpoint in find_checkpoints(self.folder.checkpoints)}
-        step = best[0] if best and best[0] in found else max(found)
+        chosen = best is not None and self.config.validation.choose == "best"
+        step = best[0] if best and chosen and best[0] in found else max(found)
         learned = learned_of(found[step])
         facts = None
         if self.is_main:

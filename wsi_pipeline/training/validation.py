@@ -48,6 +48,7 @@ class ValidationConfig:
     weights: str | None = None
     model: str | None = None
     metric: Metric = "fid"
+    choose: Literal["best", "last"] = "best"
     shown: int = 4
 
     def __post_init__(self) -> None:

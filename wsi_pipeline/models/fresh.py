@@ -83,10 +83,14 @@ def from_scratch(
     """A network of its own, to be trained as a whole, that begins as the identity.
 
     Its embeddings of the captions are random and stay so. Raises ConfigError for an autoencoder that cannot
-    carry the picture (first width below 8, or more than one group of norms).
+    carry the picture (see ``_carry_picture``).
     """
-    if int(vae_config["block_out_channels"][0]) < 8 or int(vae_config["norm_num_groups"]) != 1:
-        raise ConfigError("a network from nothing needs a first width of 8 or more, and norms of one group")
+    first, second, *_ = vae_config["block_out_channels"]
+    if first < 8 or first == second or vae_config["norm_num_groups"] != 1:
+        raise ConfigError(
+            "a network from nothing needs a first width of 8 or more, a second one that differs, and norms of "
+            "one group"
+        )
     width = int(unet_config["cross_attention_dim"])
     prompts = {
         direction: Prompt(text=text, embedding=torch.randn(1, 8, width, generator=_stream(seed, text)))

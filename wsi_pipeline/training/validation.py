@@ -37,7 +37,8 @@ class ValidationConfig:
     """``every``: iterations (0: never); ``tiles``: of each side; ``split``: of the index, or ``source`` and
     ``target`` name others; ``extractor``: ``tiny``, or ``inception``, ``timm``, ``open_clip`` with
     ``weights`` and ``model`` as in `wsi-pipeline evaluate`; ``metric``: what the best checkpoint is best by
-    (``fid``, ``structure``, or ``psnr`` for pairs), of the direction a2b; ``shown``: samples in pictures."""
+    (``fid``, ``structure``, or ``psnr`` for pairs), of the direction a2b; ``choose``: whether the bundle has
+    the best or the last weights; ``shown``: samples in pictures."""
 
     every: int = 1000
     tiles: int = 64

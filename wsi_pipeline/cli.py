@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from wsi_pipeline import models_cli, train_cli
+from wsi_pipeline import cohort_cli, evaluate_cli, models_cli, train_cli
 from wsi_pipeline._version import __version__
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(models_cli.app, name="models")
+app.command("tile")(cohort_cli.tile)
 app.command("train")(train_cli.train)
+app.command("evaluate")(evaluate_cli.evaluate)
 
 
 def _print_version(wanted: bool) -> None:

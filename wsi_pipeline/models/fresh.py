@@ -88,7 +88,7 @@ def from_scratch(
     first, second, *_ = vae_config["block_out_channels"]
     if first < 8 or first == second or vae_config["norm_num_groups"] != 1:
         raise ConfigError(
-            "a network from nothing needs a first width of 8 or more, a second one that differs, and norms of "
+            "a network from nothing needs a first width of 8 or more, another second one, and norms of "
             "one group"
         )
     width = int(unet_config["cross_attention_dim"])

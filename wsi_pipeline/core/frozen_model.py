@@ -58,7 +58,7 @@ class Ice:
     share: Range = (0.0, 0.4)
     size_um: Range = (3.5, 11.0)
     stretch: Range = (1.0, 2.5)
-    spare: Range = (0.8, 2.5)
+    spare: Range = (0.6, 1.9)
     cluster: Range = (0.2, 0.7)
     region_um: float = 250.0
     depth: Range = (0.85, 1.0)

@@ -13,93 +13,98 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate"]
 
-SideText = "a folder of tiles, a tile index (.parquet), a slide or .ome.zarr, or statistics (.npz)"
+_SIDE = "a folder of tiles, a tile index (.parquet), a slide or .ome.zarr, or statistics (.npz)"
+
+GeneratedArg = Annotated[str, typer.Argument(metavar="GENERATED", help=f"What is judged: {_SIDE}.")]
+ReferenceOpt = Annotated[str | None, typer.Option(help=f"Real tiles that it should look like: {_SIDE}.")]
+SourceOpt = Annotated[
+    str | None, typer.Option(help="What the tiles were made from: tells how well structure was kept.")
+]
+PairedOpt = Annotated[
+    bool | None, typer.Option("--paired", help="The reference holds the true picture of each generated tile.")
+]
+ExtractorOpt = Annotated[
+    Literal["tiny", "inception", "timm", "open_clip", "dino"] | None,
+    typer.Option(help="Network of FID and KID [default: inception with --weights, else tiny]."),
+]
+WeightsOpt = Annotated[str | None, typer.Option(help="Its weights file, e.g. inception-2015-12-05.pt.")]
+ModelOpt = Annotated[str | None, typer.Option(help="Its name in timm or open_clip.")]
+TrustOpt = Annotated[
+    bool | None,
+    typer.Option("--trust-weights", help="Run the code of a TorchScript file that is not the known one."),
+]
+FidOpt = Annotated[bool | None, typer.Option("--fid/--no-fid", help="Frechet distance [default: yes].")]
+KidOpt = Annotated[bool | None, typer.Option("--kid/--no-kid", help="Kernel distance [default: yes].")]
+LpipsOpt = Annotated[
+    str | None, typer.Option(help="VGG16 weights for LPIPS [default: those in torch's cache, if any].")
+]
+DinoOpt = Annotated[str | None, typer.Option(help="dino_vitbase8_pretrain.pth, for DINO-structure.")]
+ReportOpt = Annotated[
+    Path | None, typer.Option(metavar="OUT.html", help="Report to write; OUT.png and OUT.json beside it.")
+]
+StatsOpt = Annotated[
+    Path | None, typer.Option(metavar="FILE.npz", help="Keep GENERATED's statistics as a later reference.")
+]
+SplitOpt = Annotated[str | None, typer.Option(help="Of tile indices: train, val or test [default: all].")]
+TileOpt = Annotated[
+    int | None, typer.Option(help="Side in px of tiles that are cut from slides [default: 512].")
+]
+DrawsOpt = Annotated[
+    int | None, typer.Option(help="Resamples of patients for each interval, 0: none [default: 200].")
+]
+SeedOpt = Annotated[int | None, typer.Option(help="Of KID's subsets, resamples, chosen tiles [default: 0].")]
+DeviceOpt = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [default: auto].")]
+SetOpt = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Another setting, e.g. limit=2000, min_tissue=0.2."),
+]
+OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")]
+LogOpt = Annotated[
+    Literal["text", "json"], typer.Option(help="text, or json for one JSON object a line on stdout.")
+]
 
 
 def evaluate(
-    generated: Annotated[str, typer.Argument(metavar="GENERATED", help=f"What is judged: {SideText}.")],
-    reference: Annotated[
-        str | None, typer.Option(help=f"Real tiles that it should look like: {SideText}.")
-    ] = None,
-    source: Annotated[
-        str | None, typer.Option(help="What the tiles were made from: figures on how structure was kept.")
-    ] = None,
-    paired: Annotated[
-        bool, typer.Option("--paired", help="The reference holds the true picture of each generated tile.")
-    ] = False,
-    extractor: Annotated[
-        Literal["tiny", "inception", "timm", "open_clip", "dino"] | None,
-        typer.Option(help="Network of FID and KID [default: inception with --weights, else tiny]."),
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="Its weights file, e.g. inception-2015-12-05.pt.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Its name in timm or open_clip.")] = None,
-    trust_weights: Annotated[
-        bool,
-        typer.Option("--trust-weights", help="Run the code of a TorchScript file that is not the known one."),
-    ] = False,
-    fid: Annotated[bool, typer.Option(help="Frechet distance of the two sets.")] = True,
-    kid: Annotated[bool, typer.Option(help="Kernel distance of the two sets.")] = True,
-    lpips_vgg: Annotated[
-        str | None, typer.Option(help="VGG16 weights for LPIPS [default: those in torch's cache, if any].")
-    ] = None,
-    dino: Annotated[str | None, typer.Option(help="dino_vitbase8_pretrain.pth, for DINO-structure.")] = None,
-    report: Annotated[
-        Path | None, typer.Option(metavar="OUT.html", help="Report to write; OUT.png and OUT.json beside it.")
-    ] = None,
-    save_stats: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.npz", help="Keep GENERATED's statistics as a later reference."),
-    ] = None,
-    split: Annotated[str | None, typer.Option(help="Of tile indices: train, val or test.")] = None,
-    domain: Annotated[str | None, typer.Option(help="Of GENERATED, if a tile index [default: FF].")] = None,
-    reference_domain: Annotated[
-        str | None, typer.Option(help="Of the reference, if a tile index [default: FFPE].")
-    ] = None,
-    source_domain: Annotated[
-        str | None, typer.Option(help="Of the source, if a tile index [default: FF].")
-    ] = None,
-    tile: Annotated[int, typer.Option(help="Side in px of tiles cut from slides.")] = 512,
-    min_tissue: Annotated[float, typer.Option(help="Share of such a tile that is tissue.")] = 0.5,
-    limit: Annotated[int | None, typer.Option(help="At most so many tiles of a side, at random.")] = None,
-    draws: Annotated[int, typer.Option(help="Resamples of patients for each interval; 0: none.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of KID's subsets, resamples and chosen tiles.")] = 0,
-    batch: Annotated[int, typer.Option(help="Tiles that the network gets at once.")] = 16,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")] = False,
-    log_format: Annotated[
-        Literal["text", "json"], typer.Option(help="text, or json for one JSON object a line on stdout.")
-    ] = "text",
+    generated: GeneratedArg,
+    reference: ReferenceOpt = None,
+    source: SourceOpt = None,
+    paired: PairedOpt = None,
+    extractor: ExtractorOpt = None,
+    weights: WeightsOpt = None,
+    model: ModelOpt = None,
+    trust_weights: TrustOpt = None,
+    fid: FidOpt = None,
+    kid: KidOpt = None,
+    lpips_vgg: LpipsOpt = None,
+    dino: DinoOpt = None,
+    report: ReportOpt = None,
+    save_stats: StatsOpt = None,
+    split: SplitOpt = None,
+    tile: TileOpt = None,
+    draws: DrawsOpt = None,
+    seed: SeedOpt = None,
+    device: DeviceOpt = None,
+    settings: SetOpt = None,
+    overwrite: OverwriteOpt = False,
+    log_format: LogOpt = "text",
 ) -> None:
     """Judge generated tiles: FID and KID against real ones, structure kept of their source, with a report."""
+    from wsi_pipeline.config import load_settings
     from wsi_pipeline.console import Console
     from wsi_pipeline.evaluation.evaluate import evaluate as run
     from wsi_pipeline.evaluation.settings import EvaluateConfig
 
-    config = EvaluateConfig(
-        source=source,
-        paired=paired,
-        extractor=extractor,
-        weights=weights,
-        model=model,
-        trust_weights=trust_weights,
-        fid=fid,
-        kid=kid,
-        lpips_vgg=lpips_vgg,
-        dino=dino,
-        split=split,
-        domain=domain,
-        reference_domain=reference_domain,
-        source_domain=source_domain,
-        tile=tile,
-        min_tissue=min_tissue,
-        limit=limit,
-        draws=draws,
-        seed=seed,
-        batch=batch,
-        device=device,
-    )
+    named: dict[str, Any] = {
+        "source": source,
+        "paired": paired,
+        "extractor": extractor,
+        "weights": weights,
+        "model": model,
+    }
+    named |= {"trust_weights": trust_weights, "fid": fid, "kid": kid, "lpips_vgg": lpips_vgg, "dino": dino}
+    named |= {"split": split, "tile": tile, "draws": draws, "seed": seed, "device": device}
+    given = {key: value for key, value in named.items() if value is not None}
+    config = load_settings(EvaluateConfig, None, settings or [], given)
     with Console(log_format) as console:
         result = run(
             generated,
@@ -148,5 +153,6 @@ def _text(result: EvaluationResult) -> str:
 def _side(side: Any) -> str:
     size = f" of {side.size[0]} x {side.size[1]} px" if side.size else ""
     mpp = f" at {side.mpp[1]:.4g} µm" if side.mpp else ""
-    patients = f", {side.patients} patients by {side.group_rule}" if side.patients else ""
+    people = "patient" if side.patients == 1 else "patients"
+    patients = f", {side.patients} {people} ({side.group_rule})" if side.patients else ""
     return f"{side.role:10} {side.tiles or 'unknown number of'} tiles{size}{mpp}, {side.encoding}{patients}"

@@ -14,7 +14,9 @@ def side_warnings(generated: TileSet | StoredStatistics, *others: TileSet | Stor
     """One line for each thing that a reader of the figures has to know about the inputs."""
     said = []
     for other in others:
-        said += _encodings(generated, other)
+        is_slide = isinstance(other, TileSet) and other.role == "source" and other.mpp is not None
+        if not is_slide:  # a slide is stored as its scanner wrote it, and nobody can change that
+            said += _encodings(generated, other)
         if isinstance(generated, TileSet) and isinstance(other, TileSet):
             said += _magnification(generated, other)
     for side in (generated, *others):
@@ -59,7 +61,7 @@ def _magnification(a: TileSet, b: TileSet) -> list[str]:
 
 def _patients(side: TileSet) -> list[str]:
     count = len(set(side.groups))
-    if count == len(side) and count > 1 and "slide" not in side.group_rule:
+    if count == len(side) and count > 1 and not side.group_rule.startswith("slide"):
         return [
             f"{side.role}: every tile counts as a patient of its own (by {side.group_rule}); if there are "
             "fewer, intervals are too narrow: put patients into sub-folders, or use a tile index"

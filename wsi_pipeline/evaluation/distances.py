@@ -91,6 +91,8 @@ def _fid(sides: Sides, config: EvaluateConfig, emit: Emit) -> Figure:
         return frechet_between(a, b)
 
     interval, note = _interval(sides, resampled, value, config, emit)
+    if interval is not None:
+        interval = replace(interval, low=max(interval.low, 0.0))  # a distance of Gaussians is never less
     return Figure(key="fid", value=value, interval=interval, tiles=sides[0].statistics.n, note=note)
 
 

@@ -39,11 +39,14 @@ _STATISTICS = ".npz"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sides:
-    """What was opened: tiles, or of the first two the statistics in a file."""
+    """What was opened: tiles, or of the first two the statistics in a file. ``truth``: the reference, where
+    it holds the true tiles; ``pairs``: rows that belong together, by role of the other side."""
 
     generated: TileSet | StoredStatistics
     reference: TileSet | StoredStatistics | None
     source: TileSet | None
+    truth: TileSet | None
+    pairs: Mapping[str, Pairs]
 
 
 def evaluate(
@@ -78,7 +81,7 @@ def evaluate(
         figures=tuple(sorted([*figures, *more], key=lambda figure: order.index(figure.key))),
         sides=_facts(sides, generated, reference),
         extractor=None if extractor is None else _extractor_facts(extractor),
-        warnings=(*warnings, *_small_sample(stored, config), *notes),
+        warnings=(*warnings, *_distance_warnings(stored, config), *notes),
         seed=config.seed,
         tiles=tiles,
         files=files,
@@ -134,8 +137,12 @@ def _open(generated: str, reference: str | None, config: EvaluateConfig, emit: E
     for wish, told in ((config.source is not None, "--source"), (config.paired, "--paired")):
         if wish and (like is None or (told == "--paired" and not isinstance(second, TileSet))):
             raise ConfigError(f"{told}: pairs need tiles, and statistics hold none; name folders or slides")
-    third = None if config.source is None else open_tiles(config.source, "source", config, like)
-    return _Sides(generated=first, reference=second, source=third)
+    source = None if config.source is None else open_tiles(config.source, "source", config, like)
+    truth = second if config.paired and isinstance(second, TileSet) else None
+    pairs: dict[str, Pairs] = {
+        side.role: pair_up(like, side) for side in (source, truth) if side is not None and like is not None
+    }
+    return _Sides(generated=first, reference=second, source=source, truth=truth, pairs=pairs)
 
 
 def _tiles_or_statistics(
@@ -206,17 +213,14 @@ def _pair_figures(
     sides: _Sides, config: EvaluateConfig, emit: Emit
 ) -> tuple[TileFigures | None, list[Figure], list[str]]:
     """Figures against the source and against the truth: of each tile, and averaged."""
-    if not isinstance(sides.generated, TileSet):
-        return None, [], []
-    truth = sides.reference if config.paired and isinstance(sides.reference, TileSet) else None
-    if sides.source is None and truth is None:
+    if not isinstance(sides.generated, TileSet) or not sides.pairs:
         return None, [], []
     device = str(choose_device(config.device))
     lpips = load_lpips(config.lpips_vgg, device)
     notes = [] if lpips else ["LPIPS was left out: no VGG16 weights are here; name them with --lpips-vgg"]
     values: dict[str, F64] = {}
     figures: list[Figure] = []
-    for other, each, suffix in ((sides.source, to_source, "_source"), (truth, to_truth, "")):
+    for other, each, suffix in ((sides.source, to_source, "_source"), (sides.truth, to_truth, "")):
         if other is None:
             continue
         batched: dict[str, BatchMeasure] = {}
@@ -224,7 +228,7 @@ def _pair_figures(
             batched[f"lpips{suffix}"] = lpips
         if other is sides.source and config.dino is not None:
             batched["dino_structure"] = load_dino(config.dino, device)
-        pairs = pair_up(sides.generated, other)
+        pairs = sides.pairs[other.role]
         if len(pairs) < len(sides.generated):
             notes.append(
                 f"only {len(pairs)} of {len(sides.generated)} generated tiles have a partner in "
@@ -246,19 +250,25 @@ def _by_row(found: F64, pairs: Pairs, count: int) -> F64:
     return values_N
 
 
-def _small_sample(stored: Mapping[str, StoredStatistics], config: EvaluateConfig) -> list[str]:
-    """What few tiles do to FID."""
-    if not config.fid or not {"generated", "reference"} <= set(stored):
+def _distance_warnings(stored: Mapping[str, StoredStatistics], config: EvaluateConfig) -> list[str]:
+    """What the extractor and few tiles do to the distances."""
+    if not {"generated", "reference"} <= set(stored):
         return []
     said = []
-    for role, side in stored.items():
-        n, dims = side.statistics.n, side.statistics.dims
-        if 0 < n <= dims:
-            said.append(
-                f"{role}: {n} tiles for {dims} features, so its covariance is rank-deficient and FID mostly "
-                "tells how few tiles there are; trust KID, and compare FID only at equal N"
-            )
-    return said
+    if stored["generated"].statistics.extractor == "tiny":
+        said.append("extractor tiny is for a quick look: its FID and KID compare with no published figure")
+    if not config.fid:
+        return said
+    sizes = {role: (side.statistics.n, side.statistics.dims) for role, side in stored.items()}
+    few = [f"{n} {role}" for role, (n, dims) in sizes.items() if 0 < n <= dims]
+    if not few:
+        return said
+    return [
+        *said,
+        f"{' and '.join(few)} tiles for {stored['generated'].statistics.dims} features: the covariance is "
+        "rank-deficient, and FID tells mostly how few tiles there are; trust KID, and compare FID only at "
+        "equal N",
+    ]
 
 
 def _facts(sides: _Sides, generated: str, reference: str | None) -> tuple[SideFacts, ...]:
@@ -310,7 +320,7 @@ def _write(
     if "report" in result.files:
         emit(Stage(stage="writing the report"))
         rows = (
-            choose_pictures(sides.generated, sides.reference, sides.source, result, config)
+            choose_pictures(sides.generated, sides.reference, sides.source, sides.pairs, result, config)
             if isinstance(sides.generated, TileSet)
             else None
         )

@@ -46,14 +46,14 @@ EXPLAINED: dict[str, Explained] = {
     "kid": Explained(
         label="KID, generated to reference",
         better="lower",
-        digits=5,
+        digits=4,
         meaning=(
             "The same question without FID's bias for few tiles; may be slightly negative. An interval that "
             "holds 0 means: no difference was found. Papers often print it times 1000."
         ),
     ),
     "kid_source": Explained(
-        label="KID, source to reference", better="lower", digits=5, meaning="The same before translation."
+        label="KID, source to reference", better="lower", digits=4, meaning="The same before translation."
     ),
     "structure_ssim": Explained(
         label="Haematoxylin similarity to source",
@@ -147,21 +147,21 @@ class Figure:
     @property
     def text(self) -> str:
         """The value as people read it."""
-        return self.written(self.value)
+        if not math.isfinite(self.value):
+            return "infinite"
+        return f"{self.value:.{self.explained.digits}f}{self._unit}"
 
     @property
     def interval_text(self) -> str:
         """The interval as people read it, "" where there is none."""
         if self.interval is None:
             return ""
-        return f"{self.written(self.interval.low)} to {self.written(self.interval.high)}"
+        digits = self.explained.digits
+        return f"{self.interval.low:.{digits}f} to {self.interval.high:.{digits}f}{self._unit}"
 
-    def written(self, value: float) -> str:
-        """A value in the figure's unit and digits."""
-        if not math.isfinite(value):
-            return "infinite" if value > 0 else "none"
-        unit = f" {self.explained.unit}" if self.explained.unit else ""
-        return f"{value:.{self.explained.digits}f}{unit}"
+    @property
+    def _unit(self) -> str:
+        return f" {self.explained.unit}" if self.explained.unit else ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; None for what is not finite."""
@@ -202,4 +202,6 @@ def averaged(
     interval = None
     if math.isfinite(value):
         interval = bootstrap_by_group([labels], mean, draws=draws, seed=seed, value=value)
+    if interval is None and draws and not note:
+        note = "no interval: it needs two patients" if math.isfinite(value) else ""
     return Figure(key=key, value=value, interval=interval, tiles=len(kept), note=note)

@@ -5,7 +5,7 @@ Why both: tiles that somebody picked show what he hoped for; the worst ones show
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -14,10 +14,11 @@ import numpy as np
 from wsi_pipeline.core.protocols import U8_HWC
 from wsi_pipeline.core.structure import haematoxylin_pair
 from wsi_pipeline.evaluation.figures import EXPLAINED
+from wsi_pipeline.evaluation.pairs import Pairs
 from wsi_pipeline.evaluation.result import EvaluationResult
 from wsi_pipeline.evaluation.settings import EvaluateConfig
 from wsi_pipeline.evaluation.statistics_file import StoredStatistics
-from wsi_pipeline.evaluation.tile_sets import TileSet, pair_up
+from wsi_pipeline.evaluation.tile_sets import TileSet
 
 __all__ = ["Panel", "Pictures", "Row", "change_map", "choose_pictures"]
 
@@ -25,7 +26,7 @@ _SHOWN_FIGURES = (
     *("structure_ssim", "shift_median", "edges_lost", "edges_added", "lpips_source", "dino_structure"),
     *("psnr", "ssim", "lpips"),
 )
-_STRONG_CHANGE = 0.6  # of the source's haematoxylin range: fully coloured
+_NO_CHANGE, _STRONG_CHANGE = 0.1, 0.3  # of the source's haematoxylin range: not, and fully coloured
 _LOST, _ADDED = (200, 20, 20), (20, 60, 220)
 
 
@@ -58,23 +59,26 @@ def choose_pictures(
     generated: TileSet,
     reference: TileSet | StoredStatistics | None,
     source: TileSet | None,
+    pairs: Mapping[str, Pairs],
     result: EvaluationResult,
     config: EvaluateConfig,
 ) -> Pictures:
-    """Read the tiles of a report. Examples come from as many patients as possible, seeded."""
+    """Read the tiles of a report; ``pairs``: by role of the other side.
+
+    Examples come from as many patients as possible; the choice is seeded.
+    """
     rng = np.random.Generator(np.random.Philox(config.seed))
     real = reference if isinstance(reference, TileSet) else None
-    sources = dict(pair_up(generated, source)) if source is not None else {}
-    truths = dict(pair_up(generated, real)) if config.paired and real is not None else {}
+    sources, truths = (dict(pairs.get(role, ())) for role in ("source", "reference"))
     partnered = [row for row in range(len(generated)) if source is None or row in sources]
     examples = []
     for row in _spread(partnered, generated.groups, config.examples, rng):
         panels = _panels(generated, row, source, sources)
         if row in truths and real is not None:
-            panels.append(Panel(caption="True tile", pixels_HWC=real.read(truths[row])))
+            panels.append(Panel(caption="Reference (the true tile)", pixels_HWC=real.read(truths[row])))
         elif real is not None:
             other = int(rng.integers(len(real)))
-            panels.append(Panel(caption="Some real tile", pixels_HWC=real.read(other)))
+            panels.append(Panel(caption="Reference (real, other tissue)", pixels_HWC=real.read(other)))
         examples.append(Row(name=generated.names[row], panels=tuple(panels), figures=_figures(result, row)))
     worst = []
     for row in _worst(result, config.worst) if source is not None else []:
@@ -124,12 +128,12 @@ def _figures(result: EvaluationResult, row: int) -> tuple[str, ...]:
 
 def change_map(source_HWC: U8_HWC, output_HWC: U8_HWC) -> U8_HWC:
     """The source, pale and grey, with haematoxylin that is gone in red and new one in blue."""
-    grey_HW = cv2.cvtColor(source_HWC, cv2.COLOR_RGB2GRAY).astype(np.float32) * 0.5 + 127.0
+    grey_HW = cv2.cvtColor(source_HWC, cv2.COLOR_RGB2GRAY).astype(np.float32) * 0.4 + 153.0
     canvas_HWC = np.repeat(grey_HW[..., None], 3, axis=2)
     pair = haematoxylin_pair(source_HWC, output_HWC)
     if pair is not None:
         change_HW = cv2.GaussianBlur(pair[1] - pair[0], (0, 0), 1.0)
-        strength_HW = np.clip(np.abs(change_HW) / _STRONG_CHANGE - 0.15, 0.0, 1.0)[..., None]
+        strength_HW = np.clip((np.abs(change_HW) - _NO_CHANGE) / _STRONG_CHANGE, 0.0, 1.0)[..., None]
         colour_HWC = np.where((change_HW < 0)[..., None], np.array(_LOST), np.array(_ADDED))
         canvas_HWC = canvas_HWC * (1 - strength_HW) + colour_HWC * strength_HW
     return np.asarray(np.clip(np.rint(canvas_HWC), 0, 255), np.uint8)

@@ -23,6 +23,7 @@ from wsi_pipeline.evaluation.pictures import Pictures, Row
 from wsi_pipeline.evaluation.result import LIMITS, EvaluationResult, SideFacts
 from wsi_pipeline.evaluation.sheet import draw_sheet
 from wsi_pipeline.evaluation.style import CSS
+from wsi_pipeline.evaluation.summary import in_short
 
 __all__ = ["render_page", "write_report"]
 
@@ -61,10 +62,11 @@ def render_page(result: EvaluationResult, pictures: Pictures | None) -> str:
     examples, worst = (pictures.examples, pictures.worst) if pictures is not None else ((), ())
     parts = [
         _head(result),
+        _short(in_short(result)),
         _warnings(result.warnings),
         _table(result),
         _histogram(result),
-        _rows("Examples", "Chosen at random, from as many patients as possible.", examples),
+        _rows("Examples", f"Chosen at random, from as many patients as possible{_extent(result)}.", examples),
         _rows(
             "Worst structure",
             "The tiles with the lowest haematoxylin similarity, worst first. Look here for nuclei that were "
@@ -103,8 +105,13 @@ def _head(result: EvaluationResult) -> str:
     )
 
 
+def _short(sentences: Iterable[str]) -> str:
+    items = "".join(f"<li>{html.escape(text)}</li>" for text in sentences)
+    return f"<section class=short><h2>In short</h2><ul>{items}</ul></section>" if items else ""
+
+
 def _warnings(warnings: Iterable[str]) -> str:
-    items = "".join(f"<li>{html.escape(text)}</li>" for text in warnings)
+    items = "".join(f"<li>{html.escape(text[:1].upper() + text[1:])}</li>" for text in warnings)
     return (
         f"<section class=warnings><h2>Before you read the figures</h2><ul>{items}</ul></section>"
         if items
@@ -121,6 +128,14 @@ def _table(result: EvaluationResult) -> str:
         "interval<br><small>over patients</small></th><th>Tiles</th><th>What it means</th></tr></thead>"
         f"<tbody>{rows}</tbody></table></section>"
     )
+
+
+def _extent(result: EvaluationResult) -> str:
+    """How much tissue a tile shows, where the pixel size is stated."""
+    side = result.side("generated")
+    if side is None or side.size is None or side.mpp is None:
+        return ""
+    return f"; each shows {side.size[1] * side.mpp[1]:.0f} µm across"
 
 
 def _figure_row(figure: Figure) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from wsi_pipeline.core.fid import KID_SIZE, KID_SUBSETS
 from wsi_pipeline.errors import ConfigError
@@ -38,7 +38,7 @@ class EvaluateConfig:
 
     source: str | None = None
     paired: bool = False
-    extractor: str | None = None
+    extractor: Literal["tiny", "inception", "timm", "open_clip", "dino"] | None = None
     weights: str | None = None
     model: str | None = None
     trust_weights: bool = False
@@ -49,7 +49,6 @@ class EvaluateConfig:
     kid: bool = True
     kid_subsets: int = KID_SUBSETS
     kid_size: int = KID_SIZE
-    structure: bool = True
     draws: int = 200
     seed: int = 0
     limit: int | None = None

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from wsi_pipeline.evaluation.pictures import Pictures, Row
 from wsi_pipeline.evaluation.result import SYNTHETIC, EvaluationResult
+from wsi_pipeline.evaluation.summary import in_short
 
 __all__ = ["draw_sheet"]
 
@@ -26,12 +27,17 @@ def draw_sheet(result: EvaluationResult, pictures: Pictures | None) -> Image.Ima
     rows = [] if pictures is None else [*pictures.examples[:3], *pictures.worst[:1]]
     titles = ["example"] * (len(rows) - bool(pictures and pictures.worst)) + ["worst structure"]
     heights = [_row_height(row) for row in rows]
-    top = MARGIN + 80 + LINE * (len(result.figures) + len(result.warnings))
+    texts = [(line, INK) for text in in_short(result) for line in _wrapped(text)]
+    texts += [(line, RED) for text in result.warnings for line in _wrapped(f"! {text}")]
+    top = MARGIN + 90 + LINE * (len(result.figures) + len(texts))
     sheet = Image.new("RGB", (WIDTH, top + sum(heights) + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     y = _heading(draw, result)
-    y = _figures(draw, result, y)
-    y = _warnings(draw, result, y) + 8
+    y = _figures(draw, result, y) + 10
+    for text, colour in texts:
+        draw.text((MARGIN, y), text, colour, _font(14))
+        y += LINE
+    y += 8
     for row, title, height in zip(rows, titles, heights, strict=False):
         _draw_row(sheet, draw, row, title, y)
         y += height
@@ -57,13 +63,6 @@ def _figures(draw: ImageDraw.ImageDraw, result: EvaluationResult, y: int) -> int
     return y
 
 
-def _warnings(draw: ImageDraw.ImageDraw, result: EvaluationResult, y: int) -> int:
-    for warning in result.warnings:
-        draw.text((MARGIN, y), _fit(f"! {warning}", _font(14), WIDTH - 2 * MARGIN), RED, _font(14))
-        y += LINE
-    return y
-
-
 def _row_height(row: Row) -> int:
     return max(_scaled(panel.pixels_HWC.shape) for panel in row.panels) + 52
 
@@ -84,6 +83,18 @@ def _draw_row(sheet: Image.Image, draw: ImageDraw.ImageDraw, row: Row, title: st
 
 def _font(size: int) -> Font:
     return ImageFont.load_default(size)
+
+
+def _wrapped(text: str) -> list[str]:
+    """The text in lines that fit the sheet."""
+    lines = [""]
+    for word in text.replace("µ", "u").split():
+        longer = f"{lines[-1]} {word}".strip()
+        if _font(14).getlength(longer) <= WIDTH - 2 * MARGIN:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def _fit(text: str, font: Font, width: int) -> str:

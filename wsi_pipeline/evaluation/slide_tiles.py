@@ -102,7 +102,8 @@ def _on_tissue(
     kept = regions[share_N >= max(min_tissue, 1e-9)]
     if len(kept) == 0:
         raise ConfigError(
-            f"{path}: no tile of {tile} px is at least {min_tissue:.0%} tissue; lower --min-tissue or --tile"
+            f"{path}: no tile of {tile} px is at least {min_tissue:.0%} tissue; "
+            "lower --tile, or that share with --set min_tissue=0.2"
         )
     return kept
 

@@ -14,6 +14,10 @@ small { color: var(--soft); font-size: 13px; }
 .lead { margin: 0 0 12px; font-size: 17px; }
 .synthetic { display: inline-block; margin: 0; padding: 5px 12px; border-radius: 4px; background: #7a1f2b;
   color: #fff; font-weight: 600; }
+.short { margin-top: 18px; padding: 2px 18px 6px; background: #eef3fb; border: 1px solid #b9cbe8;
+  border-radius: 6px; }
+.short h2 { border: 0; margin: 6px 0 0; padding: 4px 0 0; font-size: 17px; }
+.short ul { margin: 4px 0 8px; padding-left: 22px; }
 .warnings { margin-top: 18px; padding: 2px 18px 6px; background: #fff6e0; border: 1px solid #e6c77a;
   border-radius: 6px; }
 .warnings h2 { border: 0; margin: 6px 0 0; padding: 4px 0 0; font-size: 17px; }
@@ -25,7 +29,7 @@ th { font-size: 13px; color: var(--soft); font-weight: 600; }
 .figures td:first-child { min-width: 200px; font-weight: 600; }
 .figures td:first-child small { font-weight: 400; }
 .value { font-size: 18px; font-weight: 700; color: var(--accent); white-space: nowrap; }
-.interval { min-width: 130px; }
+.interval { min-width: 150px; }
 .meaning { color: #39424e; font-size: 14.5px; }
 .facts td { font-size: 14.5px; }
 .origin { word-break: break-all; }

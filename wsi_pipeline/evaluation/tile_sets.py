@@ -188,15 +188,15 @@ def _groups(index: TileIndex) -> tuple[tuple[str, ...], str]:
     barcodes = {slide.name: parse_barcode(slide.name) for slide in used}
     if all(barcodes.values()):
         patients = {name: barcode.patient for name, barcode in barcodes.items() if barcode}
-        return tuple(patients[name] for name in names), "patient of the TCGA barcode"
+        return tuple(patients[name] for name in names), "TCGA barcode"
     if any(slide.patient for slide in used):
-        return tuple(index.patient_N.tolist()), "patient column of the tile index"
+        return tuple(index.patient_N.tolist()), "patient column of the index"
     if any(slide.lattice is not None for slide in used):
-        return tuple(names), "slide (no patient is stated)"
+        return tuple(names), "slide, as no patient is stated"
     folders = [str(PurePosixPath(name).parent) for name in names]
     if len(set(folders)) > 1:
         return tuple(folders), "sub-folder"
-    return tuple(_prefix(name) for name in names), "file name without its trailing numbers"
+    return tuple(_prefix(name) for name in names), "file name without trailing numbers"
 
 
 def _prefix(name: str) -> str:

@@ -27,7 +27,8 @@ from wsi_pipeline.core.frozen import FrozenModel, simulate_frozen
 from wsi_pipeline.core.geometry import Mpp, Region, Size
 from wsi_pipeline.core.grid import TileGrid
 from wsi_pipeline.core.protocols import U8_HWC, Context, Generator, Slide
-from wsi_pipeline.core.structure import compare_structure, haematoxylin_pair, psnr, ssim
+from wsi_pipeline.core.stain import optical_density
+from wsi_pipeline.core.structure import compare_structure, psnr, ssim
 from wsi_pipeline.core.tissue import TissueConfig
 from wsi_pipeline.evaluation.fields import render_field
 from wsi_pipeline.readers.array import ArraySlide
@@ -57,7 +58,7 @@ class Closeness:
 
     ``psnr``: dB, ``psnr_recoloured``: after the best affine colour map; ``ssim``: of RGB; ``structure_ssim``:
     of haematoxylin; ``shift_p95``: px that parts moved; ``edges_lost``, ``edges_added``: shares of edge
-    strength; ``sharpness``: haematoxylin's mean gradient by the truth's, 1 is as sharp, below 1 blurred.
+    strength; ``sharpness``: fine by coarse contrast, by the same of the truth: below 1 is blurred.
     """
 
     psnr: float
@@ -113,16 +114,19 @@ def translate_field(slide: Slide, mpp: Mpp, region: Region, generator: Generator
 
 
 def tissue_field(truth_HWC: U8_HWC, side: int, seed: int) -> Region:
-    """A square of at most ``side`` px with much tissue: one of the better ones, chosen by ``seed``."""
+    """A square of at most ``side`` px with much stain: one of the better ones, chosen by ``seed``.
+
+    By density, not by a threshold, because glass may be as pink as pale tissue; windows of ``WINDOW`` fit it.
+    """
     height, width = truth_HWC.shape[:2]
     side = min(side, height, width) // WINDOW * WINDOW or min(side, height, width)
-    stained_HW = (truth_HWC.min(axis=2) < 215).astype(np.float32)
-    step = 32
+    density_HW = 255.0 - truth_HWC.min(axis=2).astype(np.float64)
+    step = max(1, side // 16)
     rows, cols = np.arange(0, height - side + 1, step), np.arange(0, width - side + 1, step)
-    total_HW = np.pad(stained_HW.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+    total_HW = np.pad(density_HW.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
     corners = [total_HW[np.ix_(rows + dy, cols + dx)] for dy in (0, side) for dx in (0, side)]
-    share = (corners[3] - corners[1] - corners[2] + corners[0]) / side**2
-    good = np.argwhere(share >= 0.8 * share.max())
+    density = corners[3] - corners[1] - corners[2] + corners[0]
+    good = np.argwhere(density >= 0.8 * density.max())
     row, col = good[np.random.default_rng(seed).integers(len(good))]
     return Region(int(rows[row]), int(cols[col]), side, side)
 
@@ -150,7 +154,7 @@ def _window(truth_HWC: U8_HWC, output_HWC: U8_HWC, recoloured_HWC: U8_HWC) -> Cl
         shift_p95=structure.shift_p95,
         edges_lost=structure.edges_lost,
         edges_added=structure.edges_added,
-        sharpness=_sharpness(truth_HWC, output_HWC),
+        sharpness=_sharpness(output_HWC) / _sharpness(truth_HWC),
     )
 
 
@@ -167,12 +171,12 @@ def _recoloured(truth_HWC: U8_HWC, output_HWC: U8_HWC) -> U8_HWC:
     return np.asarray(mapped.reshape(output_HWC.shape), np.uint8)
 
 
-def _sharpness(truth_HWC: U8_HWC, output_HWC: U8_HWC) -> float:
-    pair = haematoxylin_pair(truth_HWC, output_HWC)
-    if pair is None:
-        return math.nan
-    wanted, found = (float(ndimage.gaussian_gradient_magnitude(plane, 0.7).mean()) for plane in pair)
-    return found / wanted if wanted > 0 else math.nan
+def _sharpness(pixels_HWC: U8_HWC) -> float:
+    """Contrast of density between 0.7 and 1.4 px by that between 2.8 and 5.6: blind to strength of stain."""
+    density_HW = optical_density(pixels_HWC, 255.0).mean(axis=2)
+    levels = [ndimage.gaussian_filter(density_HW, sigma) for sigma in (0.7, 1.4, 2.8, 5.6)]
+    fine, coarse = float((levels[0] - levels[1]).std()), float((levels[2] - levels[3]).std())
+    return fine / coarse if coarse > 1e-6 else math.nan
 
 
 def summarise(

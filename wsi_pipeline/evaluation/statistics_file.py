@@ -102,12 +102,11 @@ def read_statistics(path: Path) -> StoredStatistics:
 
 def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ConfigError(
-                    f"{path}: is a single array, not an .npz; make it with --save-stats FILE.npz"
-                )
-            return {name: file[name] for name in file.files}
+        # Opened here: numpy leaves a file open that turns out to be no archive.
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.lib.npyio.NpzFile):
+                return {name: loaded[name] for name in loaded.files}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
     except (ValueError, zipfile.BadZipFile, EOFError, KeyError, MemoryError) as error:
@@ -115,6 +114,7 @@ def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
         raise ConfigError(
             f"{path}: is no statistics file ({reason}); make it again with --save-stats"
         ) from error
+    raise ConfigError(f"{path}: is a single array, not an .npz; make it with --save-stats FILE.npz")
 
 
 def _kid_file(path: Path) -> Path:

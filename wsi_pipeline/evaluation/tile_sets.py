@@ -31,7 +31,7 @@ Role = Literal["generated", "reference", "source"]
 
 _SAMPLED = 64  # files whose encoding is looked at
 _LOSSLESS = ("PNG", "TIFF", "OME-Zarr")
-_TRAILING_NUMBERS = re.compile(r"([^A-Za-z0-9]*\d+)+$")
+_TRAILING_NUMBERS = re.compile(r"([^A-Za-z0-9]+\d+)+$")
 _DEFAULT_DOMAINS: dict[Role, str] = {"generated": "FF", "reference": "FFPE", "source": "FF"}
 
 
@@ -237,6 +237,8 @@ def _jpeg_quality(table: Sequence[int]) -> int:
 
     The sum of the standard's is 3688; libjpeg scales it by 50 / q below 50 and by 2 - q / 50 above.
     """
+    if max(table) == 1:
+        return 100
     scale = sum(table) / 3688.0
     quality = 50.0 / scale if scale > 1.0 else 100.0 - 50.0 * scale
     return int(np.clip(round(quality), 1, 100))

@@ -214,6 +214,29 @@ def test_pairs_are_found_by_name_whatever_the_ending_and_folder(tmp_path: Path) 
         pair_up(left, open_tiles(str(tmp_path / "else"), "source", QUICK))
 
 
+def test_only_sources_of_generated_tiles_count(sides: Path, tmp_path: Path) -> None:
+    """Otherwise FID before translation would be that of another set."""
+    for path in (sides / "source").iterdir():
+        save(tmp_path / "source", path.name, np.asarray(Image.open(path)))
+    for number in range(20):
+        save(tmp_path / "source", f"unused_{number}.png", tile(500 + number, purple=3.0))
+    few, many = (
+        run(sides, replace(QUICK, source=str(root / "source"))).figure("fid_source")
+        for root in (sides, tmp_path)
+    )
+    assert (few.value, few.tiles) == (many.value, many.tiles)
+
+
+def test_a_split_is_asked_of_sides_that_have_splits(sides: Path, tmp_path: Path) -> None:
+    for number in range(4):
+        save(tmp_path / "cohort" / "FFPE" / "test", f"a_{number}.png", tile(number))
+        save(tmp_path / "cohort" / "FFPE" / "train", f"b_{number}.png", tile(50 + number))
+        save(tmp_path / "cohort" / "FF" / "test", f"a_{number}.png", tile(90 + number))
+    config = replace(QUICK, split="test")
+    result = evaluate(str(sides / "generated"), str(tmp_path / "cohort"), config)
+    assert (result.side("generated").tiles, result.side("reference").tiles) == (12, 4)
+
+
 def test_jpeg_quality_is_read_from_the_tables(tmp_path: Path) -> None:
     for quality in (30, 50, 75, 90, 95, 100):
         save(tmp_path / str(quality), "t.jpg", tile(0), quality=quality)

@@ -137,11 +137,17 @@ def _open(generated: str, reference: str | None, config: EvaluateConfig, emit: E
     for wish, told in ((config.source is not None, "--source"), (config.paired, "--paired")):
         if wish and (like is None or (told == "--paired" and not isinstance(second, TileSet))):
             raise ConfigError(f"{told}: pairs need tiles, and statistics hold none; name folders or slides")
-    source = None if config.source is None else open_tiles(config.source, "source", config, like)
     truth = second if config.paired and isinstance(second, TileSet) else None
-    pairs: dict[str, Pairs] = {
-        side.role: pair_up(like, side) for side in (source, truth) if side is not None and like is not None
-    }
+    pairs: dict[str, Pairs] = {}
+    source = None
+    if like is not None and config.source is not None:
+        source = open_tiles(config.source, "source", config, like)
+        found = pair_up(like, source)
+        # Tiles without a partner are left out: FID before and after translation needs equal sets.
+        source = source.rows([row for _, row in found], [like.groups[row] for row, _ in found])
+        pairs["source"] = [(row, partner) for partner, (row, _) in enumerate(found)]
+    if like is not None and truth is not None:
+        pairs["reference"] = pair_up(like, truth)
     return _Sides(generated=first, reference=second, source=source, truth=truth, pairs=pairs)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -65,6 +65,18 @@ class TileSet:
     def is_lossless(self) -> bool:
         return self.encoding.startswith(_LOSSLESS) and "JPEG" not in self.encoding
 
+    def rows(self, chosen: Sequence[int], groups: Sequence[str]) -> TileSet:
+        """Some of the tiles, in that order, with ``groups`` for patients."""
+        index = self.index.rows(np.array(chosen, np.int64))
+        return replace(
+            self,
+            index=index,
+            reader=TileReader(index),
+            keys=tuple(self.keys[row] for row in chosen),
+            names=tuple(self.names[row] for row in chosen),
+            groups=tuple(groups),
+        )
+
     def read(self, row: int) -> U8_HWC:
         """The tile of a row, [H, W, 3] uint8; SlideError where it cannot be read."""
         return self.reader.read(row)
@@ -87,7 +99,8 @@ def open_tiles(path: str, role: Role, config: EvaluateConfig, like: TileSet | No
         )
     else:
         index = load_tiles(path)
-        index = index.select(_domain(index, role, config), config.split)
+        has_splits = any(slide.split for slide in index.slides)
+        index = index.select(_domain(index, role, config), config.split if has_splits else None)
     if config.limit is not None and len(index) > config.limit and role != "source":
         kept = np.random.Generator(np.random.Philox(config.seed)).permutation(len(index))[: config.limit]
         index = index.rows(np.sort(kept))

@@ -144,7 +144,7 @@ def test_other_arrays_are_refused(wrong: str) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_holes_only_lighten_and_are_glass_inside(seed: int) -> None:
     pixels = tissue()
-    made = frozen(pixels, replace(HOLES, ice=replace(HOLES.ice, depth=(1.0, 1.0))), seed)
+    made = frozen(pixels, replace(HOLES, ice=replace(HOLES.ice, depth=(1.0, 1.0), spare=(0.0, 0.0))), seed)
     assert (made.astype(int) >= pixels).all()
     holes = (made >= GLASS - 1.5).all(axis=2) & (pixels < GLASS - 20).any(axis=2)
     assert holes.mean() > 0.03
@@ -180,7 +180,13 @@ def test_holes_have_the_width_that_was_asked_for() -> None:
     pink = np.rint(GLASS * np.exp(-0.5 * E)).astype(np.uint8)[None, None].repeat(512, 0).repeat(512, 1)
     widths = []
     for size in (4.0, 12.0):
-        ice = replace(HOLES.ice, size_um=(size, size), stretch=(1.0, 1.0), fine_share=(0.0, 0.0))
+        ice = replace(
+            HOLES.ice,
+            size_um=(size, size),
+            stretch=(1.0, 1.0),
+            fine_share=(0.0, 0.0),
+            fine_size_um=(size, size),
+        )
         holes = (frozen(pink, replace(HOLES, ice=ice))[..., 1] > 220).astype(np.uint8)
         # Mean chord: area by half the number of borders along rows.
         widths.append(holes.sum() / (np.abs(np.diff(holes.astype(int), axis=1)).sum() / 2) * 0.5)

@@ -43,13 +43,17 @@ PARAFFIN: tuple[Rgb, Rgb] = ((0.562, 0.705, 0.432), (0.211, 0.890, 0.403))
 
 WHITE: Rgb = (243.0, 241.0, 242.0)  # the palette's glass
 BLUE = (0.87, 0.48, 0.12)  # direction of a haematoxylin that looks blue, as met in her2st
-NUCLEAR = (0.3, 0.65)  # of dense haematoxylin: what is surely not, and surely, a nucleus
+NUCLEAR = (0.4, 0.75)  # of dense haematoxylin: what is surely not, and surely, a nucleus
 DENSE = ((0.8, 2.5), (0.25, 1.5))
 """Limits of what counts as dense haematoxylin and eosin (98th percentile): a picture may hold no nuclei."""
-GAINS = (0.4, 2.8)  # more would show the picture's own noise
+GAINS = (0.4, 2.4)  # more would show the picture's own noise
 SLOPE = 1.8  # mean slope of a field of unit length and deviation: turns the width of an edge into a step
 LOG_255 = float(np.log(255.0))
-SPARED_UM = 0.8  # ice keeps off a nucleus by about this
+CLOSED_UM = 1.2  # radius of pale centres that belong to a nucleus
+CELL_UM, CELL_GAIN = 2.5, 2.0  # how far a nucleus holds cytoplasm around it together, against ice
+WET_UM = 2.0  # pale spots of this size within tissue freeze, too
+ROUGH = 0.18  # of the fine field in the coarse one: how ragged holes are
+TISSUE_OD = (0.06, 0.16)  # mean density that surely is not, and surely is, more than unclean glass
 DENSEST = 5.0  # optical density; darker is black in 8 bits
 
 
@@ -96,27 +100,34 @@ def simulate_frozen(
         part.probability for part in (model.chromatin, model.ice, model.section, model.stain, model.light)
     ]
     dials = [_Dial(s, model.severity, chance) for s, chance in zip(seeds, chances, strict=True)]
-    planes_HWC = _unmixed(pixels_HWC, white)
-    h_HW, e_HW, rest_HW = cv2.split(planes_HWC)
+    h_HW, e_HW, rest_HW, tissue_HW = _unmixed(pixels_HWC, white)
     dense = (_dense(h_HW, DENSE[0]), _dense(e_HW, DENSE[1]))
+    nuclei_HW = _nuclei(h_HW, dense[0], mpp)
     if dials[0].on:
-        h_HW = _smudge(h_HW, _nuclei(h_HW, dense[0]), mpp, model.chromatin, dials[0], blade)
+        h_HW = _smudge(h_HW, nuclei_HW, mpp, model.chromatin, dials[0], blade)
     density_HW = np.ones_like(h_HW)
     if dials[1].on:
-        density_HW = _freeze(_nuclei(h_HW, dense[0]), mpp, model.ice, dials[1])
+        wet_HW = np.minimum(2.0 * _blur(tissue_HW, WET_UM / mpp), 1.0)
+        density_HW = 1.0 + wet_HW * (_freeze(nuclei_HW, mpp, model.ice, dials[1]) - 1.0)
     if dials[2].on:
         density_HW = density_HW * _cut(h_HW.shape, mpp, model.section, dials[2], blade)
-    planes_HWC = cv2.merge([plane * density_HW for plane in (h_HW, e_HW, rest_HW)])
-    light_HWC = _lit(planes_HWC, dense, white, model.stain, dials[3])
+    planes = [plane * density_HW for plane in (h_HW, e_HW, rest_HW)]
+    light_HWC = _lit(planes, tissue_HW, dense, white, model.stain, dials[3])
     return _photographed(light_HWC, mpp, model.light, dials[4])
 
 
-def _unmixed(pixels_HWC: U8_HWC, white: Rgb) -> F32_HWC:
-    """Density along haematoxylin, eosin and the normal of their plane; glass noise is around 0."""
+def _unmixed(pixels_HWC: U8_HWC, white: Rgb) -> tuple[F32_HW, F32_HW, F32_HW, F32_HW]:
+    """Density along haematoxylin, eosin and the normal of their plane, each [H, W]; and where tissue is.
+
+    Glass is not quite clean, and its dirt is no tissue: it neither freezes nor takes more dye.
+    """
     grey = np.maximum(np.arange(256.0), 1.0)[:, None]
     table = (np.log(white) - np.log(grey)).astype(np.float32).reshape(256, 1, 3)
     od_HWC = cv2.LUT(np.ascontiguousarray(pixels_HWC), table)
-    return np.asarray(cv2.transform(od_HWC, np.linalg.inv(_basis(*np.array(PARAFFIN)))), np.float32)
+    low, high = TISSUE_OD
+    tissue_HW = np.clip((cv2.transform(od_HWC, np.full((1, 3), 1.0 / 3.0)) - low) / (high - low), 0.0, 1.0)
+    h_HW, e_HW, rest_HW = cv2.split(cv2.transform(od_HWC, np.linalg.inv(_basis(*np.array(PARAFFIN)))))
+    return h_HW, e_HW, rest_HW, tissue_HW.astype(np.float32)
 
 
 def _smudge(
@@ -146,12 +157,14 @@ def _freeze(nuclei_HW: F32_HW, mpp: float, spec: Ice, dial: _Dial) -> F32_HW:
     spare, cluster, rim = dial.size(spec.spare), dial.size(spec.cluster), dial.amount(spec.rim)
     fine_share, fine_size = min(dial.amount(spec.fine_share), 0.8), dial.size(spec.fine_size_um)
     fine_depth, angle = dial.size(spec.fine_depth), dial.angle()
-    nuclei_HW, shape = _blur(nuclei_HW, SPARED_UM / mpp), nuclei_HW.shape
+    shape = nuclei_HW.shape
+    cells_HW = np.minimum(np.maximum(CELL_GAIN * _blur(nuclei_HW, CELL_UM / mpp), nuclei_HW), 1.0)
     front_HW = cluster * slow_field(shape, mpp, spec.region_um, dial.rng)
     grains_HW = oriented_field(shape, mpp, size, dial.rng, stretch=stretch, angle=angle)
     fine_HW = oriented_field(shape, mpp, fine_size, dial.rng)
     deviation = float(np.hypot(1.0, cluster))
-    holes_HW = _above(grains_HW + front_HW - spare * nuclei_HW, share, deviation, SLOPE * edge / size)
+    grains_HW = (grains_HW + ROUGH * fine_HW) * np.float32(np.hypot(1.0, ROUGH) ** -1)
+    holes_HW = _above(grains_HW + front_HW - spare * cells_HW, share, deviation, SLOPE * edge / size)
     foam_HW = _above(fine_HW + front_HW - spare * nuclei_HW, fine_share, deviation, SLOPE * 0.7 / fine_size)
     rim_HW = np.maximum(_blur(holes_HW, 1.5 / mpp) - holes_HW, 0.0)
     return np.asarray((1.0 - depth * holes_HW) * (1.0 - fine_depth * foam_HW) * (1.0 + 2.0 * rim * rim_HW))
@@ -172,26 +185,35 @@ def _cut(shape: tuple[int, int], mpp: float, spec: Section, dial: _Dial, blade: 
     return np.asarray(max(gain, 0.1) * np.maximum(relative_HW, 0.2), np.float32)
 
 
-def _dyed(dense: tuple[float, float], spec: Stain, dial: _Dial) -> tuple[F64, F64]:
-    """Density of each plane's unit [3, 3] in its columns and of the veil [3], the frozen section's dyes."""
-    wanted = dial.size(spec.haematoxylin), dial.size(spec.eosin), dial.size(spec.washed_eosin)
-    gains = [wanted[0] / dense[0], wanted[2 if dial.chance(spec.wash_out) else 1] / dense[1]]
-    h_gain, e_gain = (max(1.0 + dial.severity * (np.clip(g, *GAINS) - 1.0), 0.05) for g in gains)
+def _dyed(dense: tuple[float, float], spec: Stain, dial: _Dial) -> tuple[list[float], F64, F64]:
+    """Factors on haematoxylin and eosin, the frozen section's dyes [3, 3] as columns, and its veil [3]."""
+    haematoxylin, ratios = dial.size(spec.haematoxylin), (dial.size(spec.eosin), dial.size(spec.washed_eosin))
+    eosin = haematoxylin * ratios[dial.chance(spec.wash_out)]
+    gains = [haematoxylin / dense[0], eosin / dense[1]]
+    gains = [max(1.0 + dial.severity * (float(np.clip(g, *GAINS)) - 1.0), 0.05) for g in gains]
     h, e = (_turned(np.array(v), np.radians(dial.amount(spec.turn_deg)), dial.rng) for v in PARAFFIN)
     blue = min(dial.amount(spec.blue), 1.0) * dial.chance(spec.blue_probability)
     h = (1.0 - blue) * h + blue * np.array(BLUE)
     veil, share = dial.amount(spec.veil), dial.rng.random()
-    basis = _basis(h / np.linalg.norm(h), e) * np.array([h_gain, e_gain, 1.0])
-    return basis, veil * (share * h + (1.0 - share) * e)
+    return gains, _basis(h / np.linalg.norm(h), e), veil * (share * h + (1.0 - share) * e)
 
 
-def _lit(planes_HWC: F32_HWC, dense: tuple[float, float], white: Rgb, spec: Stain, dial: _Dial) -> F32_HWC:
+def _lit(
+    planes: list[F32_HW],
+    tissue_HW: F32_HW,
+    dense: tuple[float, float],
+    white: Rgb,
+    spec: Stain,
+    dial: _Dial,
+) -> F32_HWC:
     """Transmitted light in grey levels, through the section's dyes and glass."""
     basis, veil, light = _basis(*np.array(PARAFFIN)), np.zeros(3), np.array(white)
     if dial.on:
-        basis, veil = _dyed(dense, spec, dial)
+        gains, basis, veil = _dyed(dense, spec, dial)
+        for plane_HW, gain in zip(planes, gains, strict=False):
+            plane_HW *= 1.0 + (gain - 1.0) * tissue_HW
         light = light * dial.amount(spec.glass, 1.0) * (1.0, 1.0 - dial.amount(spec.pink), 1.0)
-    od_HWC = cv2.transform(planes_HWC, np.column_stack([basis, veil]))
+    od_HWC = cv2.transform(cv2.merge(planes), np.column_stack([basis, veil]))
     log_light = np.log(np.minimum(light, 255.0)).astype(np.float32)
     return np.asarray(cv2.exp(np.clip(log_light - od_HWC, -DENSEST, LOG_255)), np.float32)
 
@@ -220,8 +242,10 @@ def _dense(plane_HW: F32_HW, limits: Range) -> float:
     return float(np.clip(np.percentile(plane_HW[::step, ::step], 98.0), *limits))
 
 
-def _nuclei(h_HW: F32_HW, dense: float) -> F32_HW:
+def _nuclei(h_HW: F32_HW, dense: float, mpp: float) -> F32_HW:
+    """Where nuclei are, 0 to 1, pale centres included."""
     low, high = NUCLEAR
+    h_HW = cv2.morphologyEx(h_HW, cv2.MORPH_CLOSE, _disc(round(CLOSED_UM / mpp)))
     return np.asarray(np.clip((h_HW / dense - low) / (high - low), 0.0, 1.0), np.float32)
 
 
@@ -253,11 +277,13 @@ def _drag(h_HW: F32_HW, sigma_px: float, length_px: float, angle: float) -> F32_
 def _dilate(h_HW: F32_HW, radius_px: float) -> F32_HW:
     """Grey dilation by a disc; a radius between two whole ones is a mixture of both."""
     below = int(radius_px)
-    discs = [
-        cv2.dilate(h_HW, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * r + 1,) * 2)) if r else h_HW
-        for r in (below, below + 1)
-    ]
+    discs = [cv2.dilate(h_HW, _disc(r)) if r else h_HW for r in (below, below + 1)]
     return np.asarray(discs[0] + (radius_px - below) * (discs[1] - discs[0]), np.float32)
+
+
+def _disc(radius_px: int) -> npt.NDArray[np.uint8]:
+    side = 2 * radius_px + 1
+    return np.asarray(cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side)), np.uint8)
 
 
 def _turned(vector: F64, angle: float, rng: np.random.Generator) -> F64:

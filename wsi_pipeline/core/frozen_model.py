@@ -34,8 +34,8 @@ class Chromatin:
     smear_um: Range = (0.0, 0.9)
     swell_um: Range = (0.0, 0.9)
     flat: Range = (0.3, 0.95)
-    pallor: Range = (0.8, 1.5)
-    leak: Range = (0.0, 0.3)
+    pallor: Range = (0.9, 1.6)
+    leak: Range = (0.0, 0.2)
     leak_um: float = 4.0
     texture_um: float = 1.5
 
@@ -55,18 +55,18 @@ class Ice:
     """
 
     probability: float = 0.9
-    share: Range = (0.0, 0.4)
+    share: Range = (0.0, 0.35)
     size_um: Range = (3.5, 11.0)
     stretch: Range = (1.0, 2.5)
     spare: Range = (0.6, 1.9)
     cluster: Range = (0.2, 0.7)
     region_um: float = 250.0
     depth: Range = (0.85, 1.0)
-    edge_um: Range = (0.4, 1.2)
+    edge_um: Range = (0.7, 1.6)
     rim: Range = (0.0, 0.25)
-    fine_share: Range = (0.0, 0.35)
-    fine_size_um: Range = (1.5, 4.0)
-    fine_depth: Range = (0.2, 0.85)
+    fine_share: Range = (0.0, 0.25)
+    fine_size_um: Range = (1.2, 2.8)
+    fine_depth: Range = (0.15, 0.7)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,22 +93,23 @@ class Section:
 class Stain:
     """Rapid staining: other hues, other strengths, and a glass that is not white.
 
-    ``haematoxylin``, ``eosin``: optical density that dense parts of the picture shall reach, whatever they
-    had: a laboratory's frozen protocol knows nothing of its paraffin protocol (real frozen tiles: 1.5 to 4
-    and 0.3 to 2.4). ``wash_out``: chance that eosin is nearly gone and has ``washed_eosin`` instead.
+    ``haematoxylin``: optical density that dense parts of the picture shall reach, whatever they had: a
+    laboratory's frozen protocol knows nothing of its paraffin protocol (real frozen tiles: 1.5 to 4).
+    ``eosin``: its density by haematoxylin's (real: 0.1 to 0.9); ``wash_out``: chance that eosin is nearly gone,
+    with ``washed_eosin`` instead.
     ``turn_deg``: deviation of each dye's direction in density space, any way; ``blue``: of haematoxylin, with
     its own probability, towards a dye that absorbs red only, as rapid haematoxylins do. ``veil``: density of
     dye that stays on the glass; ``glass``: brightness by the source's; ``pink``: share of green it lacks.
     """
 
     probability: float = 1.0
-    haematoxylin: Range = (1.1, 3.2)
-    eosin: Range = (0.4, 1.7)
+    haematoxylin: Range = (1.2, 3.3)
+    eosin: Range = (0.2, 0.75)
     turn_deg: Range = (0.0, 6.0)
     blue: Range = (0.0, 0.6)
     blue_probability: float = 0.3
     wash_out: float = 0.15
-    washed_eosin: Range = (0.1, 0.35)
+    washed_eosin: Range = (0.05, 0.2)
     veil: Range = (0.0, 0.06)
     glass: Range = (0.95, 1.03)
     pink: Range = (-0.005, 0.04)
@@ -128,7 +129,7 @@ class Light:
     blur_um: Range = (0.0, 0.5)
     blur_least: Range = (0.2, 0.8)
     focus_um: float = 200.0
-    haze: Range = (0.0, 0.2)
+    haze: Range = (0.0, 0.15)
     haze_um: Range = (1.5, 4.0)
     shot: Range = (0.0, 2.0)
     read: Range = (0.0, 1.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import cv2
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from wsi_pipeline.core.frozen import FrozenModel, simulate_frozen
 from wsi_pipeline.core.frozen_model import Chromatin, Ice, Light, Section, Stain
 from wsi_pipeline.core.random_field import oriented_field, slow_field
+from wsi_pipeline.errors import ConfigError
 
 GLASS = np.array([243.0, 241.0, 242.0])
 H, E = np.array([0.562, 0.705, 0.432]), np.array([0.211, 0.890, 0.403])
@@ -136,6 +138,27 @@ def test_other_arrays_are_refused(wrong: str) -> None:
     mpp = {"mpp": 0.0, "nan": float("nan")}.get(wrong, 0.5)
     with pytest.raises(ValueError, match="need"):
         simulate_frozen(given_, mpp, FrozenModel(), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FrozenModel(severity=-0.1), r"frozen.severity: -0.1 is not between 0 and 2"),
+        (lambda: FrozenModel(severity=float("nan")), "frozen.severity: nan"),
+        (lambda: FrozenModel(ice=Ice(share=(0.3, 0.1))), r"frozen.ice.share: \(0.3, 0.1\) is no range"),
+        (lambda: FrozenModel(ice=Ice(size_um=(0.0, 3.0))), "frozen.ice.size_um.*no length"),
+        (lambda: FrozenModel(section=Section(uneven_um=0.0)), "frozen.section.uneven_um.*no length"),
+        (lambda: FrozenModel(light=Light(blur_um=(-1.0, 1.0))), "frozen.light.blur_um.*negative"),
+        (lambda: FrozenModel(stain=Stain(wash_out=1.5)), "frozen.stain.wash_out: 1.5 is no probability"),
+        (
+            lambda: FrozenModel(chromatin=Chromatin(swell_um=(0.0, float("inf")))),
+            "chromatin.swell_um.*no range",
+        ),
+    ],
+)
+def test_a_model_that_makes_no_sense_is_named(make: Callable[[], FrozenModel], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
 
 
 # Ice

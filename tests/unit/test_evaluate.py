@@ -401,6 +401,10 @@ def test_a_mean_leaves_out_what_is_unknown() -> None:
     figure = averaged("ssim", values, ["a", "b", "a", "c"], draws=30, seed=0)
     assert figure is not None
     assert (figure.value, figure.tiles) == (pytest.approx(8 / 3), 3)
+    shares = averaged("matched", np.array([1.0, 1.0, 0.9]), ["a", "b", "c"], draws=50, seed=0)
+    assert shares is not None
+    assert shares.interval is not None
+    assert 0.9 <= shares.interval.low < shares.interval.high <= 1.0
     assert averaged("ssim", np.full(2, np.nan), ["a", "b"], draws=5, seed=0) is None
     endless = averaged("psnr", np.array([30.0, np.inf]), ["a", "b"], draws=5, seed=0)
     assert endless is not None

@@ -20,7 +20,7 @@ def side_warnings(generated: TileSet | StoredStatistics, *others: TileSet | Stor
         if isinstance(generated, TileSet) and isinstance(other, TileSet):
             said += _magnification(generated, other)
     for side in (generated, *others):
-        if isinstance(side, TileSet):
+        if isinstance(side, TileSet) and side.role != "source":  # its patients are the generated side's
             said += _patients(side)
     return said
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -202,6 +202,9 @@ def averaged(
     interval = None
     if math.isfinite(value):
         interval = bootstrap_by_group([labels], mean, draws=draws, seed=seed, value=value)
+    if interval is not None:  # no resample's mean leaves the range of the values
+        low, high = max(interval.low, float(kept.min())), min(interval.high, float(kept.max()))
+        interval = replace(interval, low=low, high=high)
     if interval is None and draws and not note:
         note = "no interval: it needs two patients" if math.isfinite(value) else ""
     return Figure(key=key, value=value, interval=interval, tiles=len(kept), note=note)

@@ -49,6 +49,18 @@ def test_the_stated_pixel_size_changes_no_pixel(folder: Path) -> None:
     np.testing.assert_array_equal(read[0], read[2])
 
 
+def test_folder_names_state_domain_split_and_pair(tmp_path: Path) -> None:
+    for name in ("trainA/1.png", "trainB/1.jpg", "valB/TCGA-A7-A13E-01Z-00-DX1_3.png"):
+        picture(tmp_path / name, 0)
+    tiles = load_tiles(tmp_path)
+    assert tiles.domain_N.tolist() == ["FF", "FFPE", "FFPE"]
+    assert tiles.split_N.tolist() == ["train", "train", "val"]
+    assert tiles.patient_N.tolist() == ["trainA/1", "trainB/1", "TCGA-A7-A13E"]
+    assert tiles.slides[0].pair == tiles.slides[1].pair == "train/1"
+    assert load_tiles(tmp_path / "trainB").slides[0].pair == "1"
+    assert len(tiles.select("FFPE", "val")) == 1
+
+
 def test_links_are_followed_but_not_in_circles(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -86,9 +86,9 @@ def slide_columns(
     for name in _TEXTS:
         codes = pyarrow.array(np.zeros(count, np.int32))
         columns[name] = pyarrow.DictionaryArray.from_arrays(codes, pyarrow.array([texts[name]]))
-    given = slide.mpp or (np.nan, np.nan)
-    for name, value in zip(("mpp_y", "mpp_x", "slide_mpp_y", "slide_mpp_x"), (*mpp, *given), strict=True):
-        columns[name] = pyarrow.array(np.full(count, value, np.float64))
+    places = ("mpp_y", "mpp_x", "slide_mpp_y", "slide_mpp_x")
+    for name, value in zip(places, (*mpp, *(slide.mpp or (None, None))), strict=True):
+        columns[name] = pyarrow.array([value] * count, pyarrow.float64())
     for name in table.column_names:
         columns[name] = table[name].combine_chunks()
     columns["keep"] = pyarrow.array(reason_N == 0)
@@ -151,7 +151,7 @@ def _columns(table: Any, path: Path) -> _Columns:
                 path=_found(head["slide"], path),
                 name=head["name"],
                 identity=head["identity"],
-                mpp=None if np.isnan(given[0]) else given,
+                mpp=None if given[0] is None else given,
                 lattice=(head["mpp_y"], head["mpp_x"]),
                 **{name: head[name] for name in ("domain", "patient", "split", "pair")},
             )

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 
 __all__ = ["begin_worker", "clean_context", "single_threaded_children"]
 
-PR_SET_PDEATHSIG = 1
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -47,11 +46,20 @@ def single_threaded_children() -> Iterator[None]:
 
 
 def begin_worker() -> None:
-    """In a new worker: Ctrl-C is the parent's affair, and the parent's death is the worker's."""
+    """In a new worker: Ctrl-C is the parent's affair, and the parent's death is the worker's.
+
+    Why a thread that waits for it: the fork server, which is the kernel's parent of a worker, lives as long
+    as a worker does; a parent that is killed would leave them all behind.
+    """
     import cv2
 
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    library = ctypes.CDLL(None)
-    if hasattr(library, "prctl"):
-        library.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wsi_pipeline.cohorts.processes import clean_context, single_threaded_children
+from wsi_pipeline.cohorts.processes import begin_worker, clean_context, single_threaded_children
 from wsi_pipeline.errors import WsiPipelineError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def load_in_processes(
         batch_size=None,
         num_workers=workers,
         prefetch_factor=prefetch,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_begin,
         multiprocessing_context=clean_context("torch", "wsi_pipeline.training.data"),
         generator=torch.Generator(),
     )
@@ -81,7 +81,5 @@ def load_in_processes(
         items._shutdown_workers()  # now, not when the garbage is collected
 
 
-def _one_thread(worker: int) -> None:
-    import cv2
-
-    cv2.setNumThreads(0)
+def _begin(worker: int) -> None:
+    begin_worker()

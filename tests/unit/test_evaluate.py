@@ -160,7 +160,7 @@ def test_warnings_say_what_is_wrong_with_the_comparison(sides: Path, tmp_path: P
     result = evaluate(str(sides / "generated"), str(tmp_path / "reference"), QUICK, emit=heard.append)
     said = " | ".join(result.warnings)
     assert "encodings differ (generated PNG, reference JPEG of quality 75)" in said
-    assert "12 generated and 12 reference tiles for 64 features: the covariance is rank-deficient" in said
+    assert "12 generated, 12 reference tiles for 64 features: the covariance is rank-deficient" in said
     assert "4 patients (by file name without trailing numbers) make a rough interval" in said
     assert "extractor tiny is for a quick look" in said
     assert [e.message for e in heard if isinstance(e, Notice)] == list(result.warnings)

@@ -271,7 +271,7 @@ def _distance_warnings(stored: Mapping[str, StoredStatistics], config: EvaluateC
         return said
     return [
         *said,
-        f"{' and '.join(few)} tiles for {stored['generated'].statistics.dims} features: the covariance is "
+        f"{', '.join(few)} tiles for {stored['generated'].statistics.dims} features: the covariance is "
         "rank-deficient, and FID tells mostly how few tiles there are; trust KID, and compare FID only at "
         "equal N",
     ]

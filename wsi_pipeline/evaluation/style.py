@@ -29,7 +29,7 @@ th { font-size: 13px; color: var(--soft); font-weight: 600; }
 .figures td:first-child { min-width: 200px; font-weight: 600; }
 .figures td:first-child small { font-weight: 400; }
 .value { font-size: 18px; font-weight: 700; color: var(--accent); white-space: nowrap; }
-.interval { min-width: 150px; }
+.interval { min-width: 172px; }
 .meaning { color: #39424e; font-size: 14.5px; }
 .facts td { font-size: 14.5px; }
 .origin { word-break: break-all; }

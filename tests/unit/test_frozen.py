@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsi_pipeline.core.frozen import FrozenModel, simulate_frozen
+from wsi_pipeline.core.frozen import FrozenModel, simulate_frozen, simulate_pair
 from wsi_pipeline.core.frozen_model import Chromatin, Ice, Light, Section, Stain
 from wsi_pipeline.core.random_field import oriented_field, slow_field
 from wsi_pipeline.errors import ConfigError
@@ -171,6 +171,28 @@ def test_holes_only_lighten_and_are_glass_inside(seed: int) -> None:
     assert (made.astype(int) >= pixels).all()
     holes = (made >= GLASS - 1.5).all(axis=2) & (pixels < GLASS - 20).any(axis=2)
     assert holes.mean() > 0.03
+
+
+def test_a_generator_is_not_asked_to_fill_large_holes() -> None:
+    pixels = tissue(256, 256)
+    ice = replace(HOLES.ice, depth=(1.0, 1.0), fine_share=(0.0, 0.0))
+    made, wanted = simulate_pair(pixels, 0.5, replace(HOLES, ice=ice), np.random.default_rng(1))
+    assert (wanted != pixels).any()
+    assert np.abs(wanted.astype(int) - made).max() <= 1, "ice alone: both show the same holes"
+    foam = replace(HOLES.ice, share=(0.0, 0.0), fine_share=(0.3, 0.3))
+    made, wanted = simulate_pair(pixels, 0.5, replace(HOLES, ice=foam), np.random.default_rng(1))
+    assert (made != pixels).any()
+    np.testing.assert_array_equal(wanted, pixels)
+
+
+def test_what_is_wanted_is_paraffin_beside_the_holes() -> None:
+    pixels = tissue(128, 128)
+    for seed in range(4):
+        made, wanted = simulate_pair(pixels, 0.5, FrozenModel(), np.random.default_rng(seed))
+        np.testing.assert_array_equal(made, frozen(pixels, FrozenModel(), seed))
+        same = (wanted == pixels).all(axis=2)
+        assert same.mean() > 0.4
+        assert (wanted[~same].astype(int) >= pixels[~same]).all()
 
 
 def test_more_ice_holds_all_the_holes_of_less_ice() -> None:

@@ -34,7 +34,7 @@ from wsi_pipeline.core.protocols import U8_HWC
 from wsi_pipeline.core.random_field import F32_HW, oriented_field, slow_field
 from wsi_pipeline.core.stain import F64, Rgb
 
-__all__ = ["FrozenModel", "simulate_frozen"]
+__all__ = ["FrozenModel", "simulate_frozen", "simulate_pair"]
 
 F32_HWC = npt.NDArray[np.float32]
 
@@ -88,13 +88,25 @@ def simulate_frozen(
     One call is one slide: ``rng`` decides everything, and takes one draw from it. ``white``: colour of the
     picture's empty glass. 128 x 128 px take one core some 6 ms. Raises ValueError for other arrays or mpp.
     """
+    return simulate_pair(pixels_HWC, mpp, model, rng, white=white)[0]
+
+
+def simulate_pair(
+    pixels_HWC: U8_HWC, mpp: float, model: FrozenModel, rng: np.random.Generator, *, white: Rgb = WHITE
+) -> tuple[U8_HWC, U8_HWC]:
+    """The frozen section of ``simulate_frozen``, and what a generator shall make of it: FFPE with its holes.
+
+    In the second picture large ice holes are glass, as in the first; fine ones are healed. Why: what was in a
+    hole is gone, and a lumen looks like a hole. A network that was trained to fill holes painted all glass
+    pink, that of lumina and of real frozen tiles, too.
+    """
     if pixels_HWC.dtype != np.uint8 or pixels_HWC.ndim != 3 or pixels_HWC.shape[2] != 3 or not mpp > 0:
         raise ValueError(
             f"{pixels_HWC.dtype} {pixels_HWC.shape} at {mpp} um/px: need [H, W, 3] uint8, mpp > 0"
         )
     blade_seed, *seeds = (int(seed) for seed in rng.integers(1 << 62, size=6))
     if model.severity <= 0.0 or not pixels_HWC.size:
-        return pixels_HWC.copy()
+        return pixels_HWC.copy(), pixels_HWC.copy()
     blade = _Dial(blade_seed, 1.0, 1.0).angle()
     chances = [
         part.probability for part in (model.chromatin, model.ice, model.section, model.stain, model.light)
@@ -105,15 +117,17 @@ def simulate_frozen(
     nuclei_HW = _nuclei(h_HW, dense[0], mpp)
     if dials[0].on:
         h_HW = _smudge(h_HW, nuclei_HW, mpp, model.chromatin, dials[0], blade)
-    density_HW = np.ones_like(h_HW)
+    density_HW, wanted_HWC = np.ones_like(h_HW), pixels_HWC.copy()
     if dials[1].on:
         wet_HW = np.minimum(2.0 * _blur(tissue_HW, WET_UM / mpp), 1.0)
-        density_HW = 1.0 + wet_HW * (_freeze(nuclei_HW, mpp, model.ice, dials[1]) - 1.0)
+        density_HW, holes_HW = _freeze(nuclei_HW, mpp, model.ice, dials[1])
+        density_HW = 1.0 + wet_HW * (density_HW - 1.0)
+        wanted_HWC = _emptied(pixels_HWC, wet_HW * holes_HW, white)
     if dials[2].on:
         density_HW = density_HW * _cut(h_HW.shape, mpp, model.section, dials[2], blade)
     planes = [plane * density_HW for plane in (h_HW, e_HW, rest_HW)]
     light_HWC = _lit(planes, tissue_HW, dense, white, model.stain, dials[3])
-    return _photographed(light_HWC, mpp, model.light, dials[4])
+    return _photographed(light_HWC, mpp, model.light, dials[4]), wanted_HWC
 
 
 def _unmixed(pixels_HWC: U8_HWC, white: Rgb) -> tuple[F32_HW, F32_HW, F32_HW, F32_HW]:
@@ -150,8 +164,8 @@ def _smudge(
     return _drag(h_HW, smudge, smear, blade)
 
 
-def _freeze(nuclei_HW: F32_HW, mpp: float, spec: Ice, dial: _Dial) -> F32_HW:
-    """Factor on density: below 1 in holes, above 1 in their rims."""
+def _freeze(nuclei_HW: F32_HW, mpp: float, spec: Ice, dial: _Dial) -> tuple[F32_HW, F32_HW]:
+    """Factor on density, below 1 in holes, above 1 in their rims; and how empty large holes are, 0 to 1."""
     share, depth = min(dial.amount(spec.share), 0.8), dial.size(spec.depth)
     size, stretch, edge = dial.size(spec.size_um), dial.size(spec.stretch), dial.size(spec.edge_um)
     spare, cluster, rim = dial.size(spec.spare), dial.size(spec.cluster), dial.amount(spec.rim)
@@ -167,7 +181,16 @@ def _freeze(nuclei_HW: F32_HW, mpp: float, spec: Ice, dial: _Dial) -> F32_HW:
     holes_HW = _above(grains_HW + front_HW - spare * cells_HW, share, deviation, SLOPE * edge / size)
     foam_HW = _above(fine_HW + front_HW - spare * nuclei_HW, fine_share, deviation, SLOPE * 0.7 / fine_size)
     rim_HW = np.maximum(_blur(holes_HW, 1.5 / mpp) - holes_HW, 0.0)
-    return np.asarray((1.0 - depth * holes_HW) * (1.0 - fine_depth * foam_HW) * (1.0 + 2.0 * rim * rim_HW))
+    holes_HW *= depth
+    return (1.0 - holes_HW) * (1.0 - fine_depth * foam_HW) * (1.0 + 2.0 * rim * rim_HW), holes_HW
+
+
+def _emptied(pixels_HWC: U8_HWC, holes_HW: F32_HW, white: Rgb) -> U8_HWC:
+    """The picture with density only where there are no holes; unchanged beside them."""
+    share = holes_HW[..., None]
+    log_HWC = cv2.log(np.maximum(pixels_HWC, 1).astype(np.float32)) * (1.0 - share)
+    emptied_HWC = np.rint(cv2.exp(log_HWC + share * np.log(white).astype(np.float32)))
+    return np.where(share > 0.0, np.clip(emptied_HWC, 0, 255).astype(np.uint8), pixels_HWC)
 
 
 def _cut(shape: tuple[int, int], mpp: float, spec: Section, dial: _Dial, blade: float) -> F32_HW:

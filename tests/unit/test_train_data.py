@@ -74,11 +74,11 @@ def test_the_slices_of_the_ranks_are_the_batch_of_one(
 
 
 def test_a_sample_does_not_depend_on_what_was_read_before(cohort: Path) -> None:
-    samples = TileSamples(config(cohort, open_slides=1), seed=1)
+    samples = TileSamples(config(cohort, mix=1), seed=1)
     numbers = list(range(20))
     first = {number: samples.sample(number) for number in numbers}
     random.Random(0).shuffle(numbers)
-    other = pickle.loads(pickle.dumps(TileSamples(config(cohort), seed=1)))  # noqa: S301
+    other = pickle.loads(pickle.dumps(TileSamples(config(cohort, mix=1), seed=1)))  # noqa: S301
     for number in numbers:
         for have, want in zip(other.sample(number), first[number], strict=True):
             np.testing.assert_array_equal(have, want)
@@ -217,7 +217,7 @@ def test_settings_that_cannot_work_are_refused(cohort: Path, tmp_path: Path) -> 
         TileSamples(
             config(cohort, source=str(cohort / "pairs_a" / ".." / "a" / ".."), pairing="aligned"), seed=0
         )
-    for name, value in (("crop", 0), ("workers", -1), ("prefetch", 0), ("open_slides", 0)):
+    for name, value in (("crop", 0), ("workers", -1), ("prefetch", 0), ("mix", 0)):
         with pytest.raises(ConfigError, match=rf"data\.{name}: {value} is too small"):
             replace(config(cohort), **{name: value})
     Image.new("RGB", (33, 32)).save(tmp_path / "1.png")

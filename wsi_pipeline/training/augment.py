@@ -7,8 +7,8 @@ the network a stain that neither domain has.
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
-import numpy.typing as npt
 
 from wsi_pipeline.core.protocols import U8_HWC
 
@@ -18,20 +18,26 @@ SYMMETRIES = 8
 GAIN = 0.05
 OFFSET = 0.01
 """Largest relative change of the density of a channel, and largest change in density units (base 10)."""
+_TURNS = (None, cv2.ROTATE_90_COUNTERCLOCKWISE, cv2.ROTATE_180, cv2.ROTATE_90_CLOCKWISE)
 
 
 def turn(pixels_HWC: U8_HWC, symmetry: int) -> U8_HWC:
-    """One of the 8 symmetries of the square, 0 the identity; bit 2 mirrors, bits 0-1 are quarter turns."""
+    """One of the 8 symmetries of the square, 0 the identity; bit 2 mirrors, bits 0-1 are quarter turns.
+
+    The turns are anticlockwise and come after the mirror, as in ``numpy.rot90``, whose copy takes 15 times
+    as long.
+    """
     if symmetry & 4:
-        pixels_HWC = pixels_HWC[:, ::-1]
-    return np.ascontiguousarray(np.rot90(pixels_HWC, symmetry & 3))
+        pixels_HWC = np.asarray(cv2.flip(pixels_HWC, 1), np.uint8)
+    quarter = _TURNS[symmetry & 3]
+    return pixels_HWC if quarter is None else np.asarray(cv2.rotate(pixels_HWC, quarter), np.uint8)
 
 
 def jitter_stain(pixels_HWC: U8_HWC, rng: np.random.Generator) -> U8_HWC:
     """Every channel's optical density times 1 +- ``GAIN``, plus +- ``OFFSET``; [H, W, 3] uint8."""
     gain_C = 1 + GAIN * (2 * rng.random(3) - 1)
     offset_C = OFFSET * (2 * rng.random(3) - 1)
-    density = -np.log10((np.arange(256) + 1) / 256)
-    table_CV: npt.NDArray[np.float64] = 256 * 10 ** -(density * gain_C[:, None] + offset_C[:, None]) - 1
-    levels_CV = np.rint(np.clip(table_CV, 0, 255)).astype(np.uint8)
-    return np.stack([levels_CV[channel][pixels_HWC[..., channel]] for channel in range(3)], axis=-1)
+    density_V = -np.log10((np.arange(256) + 1) / 256)
+    table_VC = 256 * 10 ** -(density_V[:, None] * gain_C + offset_C) - 1
+    levels_VC = np.rint(np.clip(table_VC, 0, 255)).astype(np.uint8)
+    return np.asarray(cv2.LUT(pixels_HWC, levels_VC.reshape(1, 256, 3)), np.uint8)

@@ -20,7 +20,7 @@ from wsi_pipeline.cohorts.tiles import TileIndex, TileReader, load_tiles, severa
 from wsi_pipeline.core.frozen import FrozenModel, simulate_frozen
 from wsi_pipeline.core.geometry import Region
 from wsi_pipeline.core.protocols import U8_BHWC, U8_HWC
-from wsi_pipeline.core.sampling import permutation_at, sample_rng, stream_key
+from wsi_pipeline.core.sampling import WindowedOrder, sample_rng, stream_key
 from wsi_pipeline.errors import ConfigError
 from wsi_pipeline.training.augment import SYMMETRIES, jitter_stain, turn
 
@@ -41,7 +41,8 @@ class DataConfig:
     artefacts ``frozen``; ``crop``: side in pixels, at a random place of each tile; ``augment``: ``d4`` for
     the eight symmetries, ``d4+colour`` for mild changes of stain too; ``mpp``: pixel size of pictures, which
     simulation needs; ``workers``: reading processes (0: none, read inline); ``prefetch``: batches that each
-    keeps ready; ``open_slides``: per process.
+    keeps ready; ``mix``: slides of each side from which samples are drawn at a time, and which a process
+    keeps open (another number is another order of samples, where there are more slides).
     """
 
     source: str = ""
@@ -56,10 +57,10 @@ class DataConfig:
     frozen: FrozenModel = field(default_factory=FrozenModel)
     workers: int = 0
     prefetch: int = 2
-    open_slides: int = 8
+    mix: int = 32
 
     def __post_init__(self) -> None:
-        for name, least in (("crop", 1), ("workers", 0), ("prefetch", 1), ("open_slides", 1)):
+        for name, least in (("crop", 1), ("workers", 0), ("prefetch", 1), ("mix", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"data.{name}: {getattr(self, name)} is too small; give at least {least}")
 
@@ -79,23 +80,31 @@ class TileSamples:
     def __init__(self, config: DataConfig, seed: int) -> None:
         self.config, self.seed = config, seed
         target = _side(config, "target", config.target, config.target_domain)
-        self._target = TileReader(target, open_slides=config.open_slides)
+        self._target = TileReader(target, open_slides=config.mix)
         self._source: TileReader | None = None
         self._pairs_N2: npt.NDArray[np.int64] | None = None
         if config.pairing == "simulated":
             _mpp(target, 0)  # all rows state their pixel size, or none
+            self._orders = {"pair": self._order("pair", target.slide_N)}
             return
         source = _side(config, "source", config.source, config.source_domain)
-        self._source = TileReader(source, open_slides=config.open_slides)
+        self._source = TileReader(source, open_slides=config.mix)
         if config.pairing == "aligned":
             self._pairs_N2 = _pairs(source, target)
+            self._orders = {"pair": self._order("pair", source.slide_N[self._pairs_N2[:, 0]])}
+        else:
+            sides = {"source": source, "target": target}
+            self._orders = {name: self._order(name, side.slide_N) for name, side in sides.items()}
+
+    def _order(self, stream: str, slide_N: npt.NDArray[np.int32]) -> WindowedOrder:
+        _, group_N = np.unique(slide_N, return_inverse=True)
+        key = stream_key(self.seed, f"{stream} order")
+        return WindowedOrder(group_N.astype(np.int32), self.config.mix, key)
 
     @property
     def length(self) -> int:
         """Samples in an epoch: pairs, or tiles of the longer side."""
-        if self._pairs_N2 is not None:
-            return len(self._pairs_N2)
-        return max(len(self._target.index), 0 if self._source is None else len(self._source.index))
+        return max(len(order) for order in self._orders.values())
 
     @property
     def left_out(self) -> int:
@@ -111,23 +120,20 @@ class TileSamples:
         varies at random cannot be learnt.
         """
         if self._source is None:
-            row = self._row(number, len(self._target.index), "pair")
+            row = self._orders["pair"].at(number)
             target_HWC = self._cut(self._target, row, number, "pair")
             source_HWC = self._simulated(target_HWC, _mpp(self._target.index, row), number)
             return self._coloured(source_HWC, number, "source"), target_HWC
         if self._pairs_N2 is not None:
-            rows = self._pairs_N2[self._row(number, len(self._pairs_N2), "pair")]
+            rows = self._pairs_N2[self._orders["pair"].at(number)]
             source_HWC = self._cut(self._source, int(rows[0]), number, "pair")
             target_HWC = self._cut(self._target, int(rows[1]), number, "pair")
             return self._coloured(source_HWC, number, "source"), target_HWC
         sides = []
         for name, reader in (("source", self._source), ("target", self._target)):
-            row = self._row(number, len(reader.index), name)
-            sides.append(self._coloured(self._cut(reader, row, number, name), number, name))
+            cut_HWC = self._cut(reader, self._orders[name].at(number), number, name)
+            sides.append(self._coloured(cut_HWC, number, name))
         return sides[0], sides[1]
-
-    def _row(self, number: int, length: int, stream: str) -> int:
-        return permutation_at(number, length, stream_key(self.seed, f"{stream} order"))
 
     def _cut(self, reader: TileReader, row: int, number: int, stream: str) -> U8_HWC:
         """A crop of a tile, turned; the draws are the same for all tiles of a size in one stream."""

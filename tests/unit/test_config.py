@@ -71,7 +71,10 @@ def test_a_manifest_is_a_config(tmp_path: Path) -> None:
     assert load_config(path).tiling.overlap == 48
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+CONVERSIONS = [path for path in sorted(CONFIGS.glob("*.yaml")) if not path.stem.startswith("train_")]
+
+
+@pytest.mark.parametrize("path", CONVERSIONS, ids=lambda p: p.stem)
 def test_shipped_configs_are_complete(path: Path) -> None:
     given = yaml.safe_load(path.read_text())
     full = yaml.safe_load(to_yaml(load_config(path)))

@@ -1,9 +1,10 @@
 """Checkpoints: one safetensors file with all that is needed to go on as if nothing had happened.
 
 Tensors: ``<group>/<parameter>`` as it stands, ``<group>/<parameter>/exp_avg`` and ``/exp_avg_sq`` of Adam,
-``buffer/<name>``, ``ema/<parameter>``. Metadata: the step, the fingerprint of the run, and numbers of the
-optimisers. There is no state of a random generator, because nothing draws from one: all draws are functions
-of (seed, sample number).
+``buffer/<name>``, ``ema/<parameter>``. Metadata: the step, the fingerprint of the run, numbers of the
+optimisers, and notes of the run (its best validation): what is in the same file cannot contradict the
+weights, wherever a run is killed. There is no state of a random generator, because nothing draws from one:
+all draws are functions of (seed, sample number).
 
 A file appears under its name when it is whole (written aside, flushed, renamed), so whatever has the name can
 be read; one that was damaged later is told by its size and passed over for the one before.
@@ -16,12 +17,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wsi_pipeline.errors import CheckpointError, FingerprintMismatchError
+from wsi_pipeline.errors import CheckpointError, ConfigError, FingerprintMismatchError, OutputError
 from wsi_pipeline.models.tensor_file import Stored, read_header, write_file
 from wsi_pipeline.training.objective import Group
 
@@ -29,7 +31,9 @@ __all__ = [
     "Checkpoint",
     "State",
     "checkpoint_bytes",
+    "damaged_checkpoints",
     "find_checkpoints",
+    "learned_of",
     "load_checkpoint",
     "prune",
     "save_checkpoint",
@@ -58,9 +62,17 @@ class Checkpoint:
     step: int
 
 
-def save_checkpoint(folder: Path, step: int, state: State, fingerprint: str) -> Checkpoint:
-    """Write ``step-XXXXXXXX.safetensors``, all of it or nothing. Raises ConfigError where the disk is
-    full."""
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    state: State,
+    fingerprint: str,
+    notes: Mapping[str, Any] = MappingProxyType({}),
+) -> Checkpoint:
+    """Write ``step-XXXXXXXX.safetensors``, all of it or nothing; ``notes``: of the run, fit for JSON.
+
+    Raises OutputError where the disk is full or cannot be written.
+    """
     tensors = _tensors(state)
     steps = {
         f"{group}/{name}": float(state.optimisers[group].state[p]["step"])
@@ -68,17 +80,27 @@ def save_checkpoint(folder: Path, step: int, state: State, fingerprint: str) -> 
         for name, p in parameters.items()
         if "step" in state.optimisers[group].state[p]
     }
-    document = {"format": 1, "step": step, "fingerprint": fingerprint, "adam_steps": steps}
+    document = {
+        "format": 1,
+        "step": step,
+        "fingerprint": fingerprint,
+        "adam_steps": steps,
+        "notes": dict(notes),
+    }
     path = folder / f"step-{step:08d}.safetensors"
     entries = {
         name: Stored("F32", tuple(tensor.shape), tensor.numel() * 4, 4) for name, tensor in tensors.items()
     }
-    write_file(path, entries, lambda name: tensors[name].float(), {"format": "pt", KEY: json.dumps(document)})
+    metadata = {"format": "pt", KEY: json.dumps(document)}
+    try:
+        write_file(path, entries, lambda name: tensors[name].float(), metadata)
+    except (ConfigError, CheckpointError) as error:  # which speak of weights; here a run is under way
+        raise OutputError(str(error), path=path) from error
     return Checkpoint(path=path, step=step)
 
 
-def load_checkpoint(checkpoint: Checkpoint, state: State, fingerprint: str) -> None:
-    """Put a checkpoint into networks and optimisers, bit for bit.
+def load_checkpoint(checkpoint: Checkpoint, state: State, fingerprint: str) -> dict[str, Any]:
+    """Put a checkpoint into networks and optimisers, bit for bit; returns the notes that it was saved with.
 
     Raises CheckpointError for a damaged file, FingerprintMismatchError where another configuration made it.
     """
@@ -105,12 +127,15 @@ def load_checkpoint(checkpoint: Checkpoint, state: State, fingerprint: str) -> N
                 parameter.copy_(stored[key])
                 if key in document["adam_steps"]:
                     moments = {m: stored[f"{key}/{m}"].to(parameter.device) for m in _MOMENTS}
-                    count = torch.tensor(document["adam_steps"][key], dtype=torch.float32)
+                    count = torch.tensor(
+                        document["adam_steps"][key], dtype=torch.float32, device=parameter.device
+                    )
                     optimiser.state[parameter] = {"step": count, **moments}
         for name, buffer in state.buffers.items():
             buffer.copy_(stored[f"buffer/{name}"])
         for name, average in state.ema.items():
             average.copy_(stored[f"ema/{name}"])
+    return dict(document.get("notes", {}))
 
 
 def learned_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -131,15 +156,25 @@ def learned_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 def find_checkpoints(folder: Path) -> list[Checkpoint]:
     """Whole checkpoints of a run, oldest first; files of other kinds and damaged ones are passed over."""
-    found = []
-    for path in sorted(folder.glob("step-*.safetensors")):
-        if match := _NAME.fullmatch(path.name):
-            try:
-                _document(path)
-            except CheckpointError:
-                continue
-            found.append(Checkpoint(path=path, step=int(match[1])))
-    return found
+    return [checkpoint for checkpoint in _named(folder) if _is_whole(checkpoint.path)]
+
+
+def damaged_checkpoints(folder: Path) -> list[Path]:
+    """Files that should be checkpoints and are not whole."""
+    return [checkpoint.path for checkpoint in _named(folder) if not _is_whole(checkpoint.path)]
+
+
+def _named(folder: Path) -> list[Checkpoint]:
+    matches = [(path, _NAME.fullmatch(path.name)) for path in sorted(folder.glob("step-*.safetensors"))]
+    return [Checkpoint(path=path, step=int(match[1])) for path, match in matches if match]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _document(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def prune(folder: Path, keep: int, best: int | None) -> None:

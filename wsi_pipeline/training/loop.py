@@ -33,6 +33,7 @@ def make_optimisers(objective: Objective, config: OptimiserConfig) -> dict[Group
             betas=config.betas,
             eps=config.epsilon,
             weight_decay=config.weight_decay,
+            fused=True,  # hundreds of small tensors: one call instead of ten for each
         )
         for group, parameters in objective.groups.items()
     }

@@ -2,7 +2,8 @@
 
     python scripts/simulate_frozen.py PICTURE_OR_FOLDER OUT_FOLDER --mpp 0.5 --copies 3 --severity 1
 
-Writes ``NAME.truth.png`` and ``NAME.frozen0.png``, ... What is simulated: ``wsi_pipeline/core/frozen.py``.
+Writes ``NAME.truth.png``, ``NAME.frozen0.png`` and, where large ice holes stay glass, ``NAME.wanted0.png``, ...
+What is simulated: ``wsi_pipeline/core/frozen.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from wsi_pipeline.core.frozen import FrozenModel, simulate_frozen
+from wsi_pipeline.core.frozen import FrozenModel, simulate_pair
 
 KINDS = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
 
@@ -36,8 +37,9 @@ def main() -> None:
         truth_HWC = np.asarray(Image.open(path).convert("RGB"))
         Image.fromarray(truth_HWC).save(options.out / f"{path.stem}.truth.png")
         for copy in range(options.copies):
-            frozen_HWC = simulate_frozen(truth_HWC, options.mpp, model, rng)
-            Image.fromarray(frozen_HWC).save(options.out / f"{path.stem}.frozen{copy}.png")
+            pair = simulate_pair(truth_HWC, options.mpp, model, rng)
+            for name, pixels_HWC in zip(("frozen", "wanted"), pair, strict=True):
+                Image.fromarray(pixels_HWC).save(options.out / f"{path.stem}.{name}{copy}.png")
 
 
 if __name__ == "__main__":

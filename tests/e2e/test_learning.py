@@ -66,6 +66,7 @@ def _cohort(folder: Path, data: Path) -> None:
 
 
 @pytest.mark.slow  # a minute and a half of one core
+@pytest.mark.timeout(1200)
 @pytest.mark.usefixtures("one_thread")
 def test_unpaired_training_closes_the_gap_between_two_domains(tmp_path: Path, data_dir: Path) -> None:
     _cohort(tmp_path, data_dir)

@@ -2,7 +2,7 @@
 
     python scripts/simulate_frozen.py PICTURE_OR_FOLDER OUT_FOLDER --mpp 0.5 --copies 3 --severity 1
 
-Writes ``NAME.truth.png``, ``NAME.frozen0.png`` and, where large ice holes stay glass, ``NAME.wanted0.png``, ...
+Writes ``NAME.truth.png``, ``NAME.frozen0.png`` and ``NAME.wanted0.png`` (large ice holes stay glass), ...
 What is simulated: ``wsi_pipeline/core/frozen.py``.
 """
 

@@ -5,9 +5,10 @@ Everything but the weights is ``lora_turbo``: the same networks at a four-hundre
 
 Limits, which users have to know. It was trained on simulated frozen sections only (``core.frozen``), made
 from a handful of paraffin pictures: it knows the artefacts that the simulation knows, and the tissues that
-were in those pictures. Large ice holes stay; what is lost in a fine one, in smudged chromatin or in a blur
-it makes up from the surroundings, and it may remove detail that it takes for an artefact. Its colours are those of its few training slides. How it compares
-with recolouring alone is what ``scripts/judge_mini.py`` measures. It is an illustration, not for diagnosis.
+were in those pictures. Large ice holes stay; what is lost in a fine one, in smudged chromatin or in a blur it
+makes up from the surroundings, and it may remove detail that it takes for an artefact. Its colours are those
+of its few training slides. How it compares with recolouring alone is what ``scripts/judge_mini.py`` measures.
+It is an illustration, not for diagnosis.
 """
 
 from __future__ import annotations

@@ -175,9 +175,10 @@ def fake_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of artefacts that adds its severity, the pixel size and a draw: it tells what it was given."""
 
     def simulate(pixels_HWC: Any, mpp: float, model: FrozenModel, rng: np.random.Generator) -> Any:
-        return pixels_HWC // 4 + np.uint8(10 * model.severity + int(100 * mpp) + rng.integers(20))
+        told = np.uint8(10 * model.severity + int(100 * mpp) + rng.integers(20))
+        return pixels_HWC // 4 + told, pixels_HWC
 
-    monkeypatch.setattr("wsi_pipeline.training.data.simulate_frozen", simulate)
+    monkeypatch.setattr("wsi_pipeline.training.data.simulate_pair", simulate)
 
 
 def test_a_simulated_source_is_made_of_its_target(cohort: Path, fake_frozen: None) -> None:

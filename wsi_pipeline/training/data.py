@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi_pipeline.cohorts.tiles import TileIndex, TileReader, load_tiles, several
-from wsi_pipeline.core.frozen import FrozenModel, simulate_frozen
+from wsi_pipeline.core.frozen import FrozenModel, simulate_pair
 from wsi_pipeline.core.geometry import Region
 from wsi_pipeline.core.protocols import U8_BHWC, U8_HWC
 from wsi_pipeline.core.sampling import WindowedOrder, sample_rng, stream_key
@@ -37,12 +37,13 @@ class DataConfig:
     ``source``, ``target``: a tile index or a folder of pictures each, of which ``source_domain`` /
     ``target_domain`` and ``split`` take a part (None: all); ``pairing``: ``unpaired`` draws the two sides
     independently, ``aligned`` takes tiles of the same name (folders) or pair and region (indices),
-    ``simulated`` makes the source from the target (``source`` is not read) by the model of frozen
-    artefacts ``frozen``; ``crop``: side in pixels, at a random place of each tile; ``augment``: ``d4`` for
-    the eight symmetries, ``d4+colour`` for mild changes of stain too; ``mpp``: pixel size of pictures, which
-    simulation needs; ``workers``: reading processes (0: none, read inline); ``prefetch``: batches that each
-    keeps ready; ``mix``: slides of each side from which samples are drawn at a time, and which a process
-    keeps open (another number is another order of samples, where there are more slides).
+    ``simulated`` makes both from the target (``source`` is not read) by the model of frozen artefacts
+    ``frozen`` (large ice holes stay in the target: nobody knows what was there); ``crop``: side in pixels, at
+    a random place of each tile; ``augment``: ``d4`` for the eight symmetries, ``d4+colour`` for mild changes
+    of stain too; ``mpp``: pixel size of pictures, which simulation needs; ``workers``: reading processes (0:
+    none, read inline); ``prefetch``: batches that each keeps ready; ``mix``: slides of each side from which
+    samples are drawn at a time, and which a process keeps open (another number is another order of samples,
+    where there are more slides).
     """
 
     source: str = ""
@@ -121,8 +122,9 @@ class TileSamples:
         """
         if self._source is None:
             row = self._orders["pair"].at(number)
-            target_HWC = self._cut(self._target, row, number, "pair")
-            source_HWC = self._simulated(target_HWC, _mpp(self._target.index, row), number)
+            ffpe_HWC = self._cut(self._target, row, number, "pair")
+            mpp, rng = _mpp(self._target.index, row), sample_rng(self.seed, number, "frozen")
+            source_HWC, target_HWC = simulate_pair(ffpe_HWC, mpp, self.config.frozen, rng)
             return self._coloured(source_HWC, number, "source"), target_HWC
         if self._pairs_N2 is not None:
             rows = self._pairs_N2[self._orders["pair"].at(number)]
@@ -149,10 +151,6 @@ class TileSamples:
         if self.config.augment != "d4+colour":
             return pixels_HWC
         return jitter_stain(pixels_HWC, sample_rng(self.seed, number, f"{stream} colour"))
-
-    def _simulated(self, pixels_HWC: U8_HWC, mpp: float, number: int) -> U8_HWC:
-        rng = sample_rng(self.seed, number, "frozen")
-        return simulate_frozen(pixels_HWC, mpp, self.config.frozen, rng)
 
 
 def _side(config: DataConfig, name: str, path: str, domain: str | None) -> TileIndex:

@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,20 +109,36 @@ def test_a_slide_that_fails_is_named_whoever_reads_it(cohort: Path, tmp_path: Pa
     assert caught.value.slide_id == "cut"
 
 
-def die(step: int) -> TrainBatch:
+def die(step: int, pixels: np.ndarray) -> np.ndarray:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
 
 
-def stumble(step: int) -> TrainBatch:
+def stumble(step: int, pixels: np.ndarray) -> np.ndarray:
     raise RuntimeError("a bug of ours")
+
+
+def number_after_a_while(step: int, pixels: np.ndarray) -> np.ndarray:
+    time.sleep(0.02 * (step % 3))
+    pixels[:] = step
+    return np.array([step])
+
+
+@pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (2, 3)])
+def test_batches_come_in_order_and_stay_what_they_were(workers: int, prefetch: int) -> None:
+    steps = range(100, 130)
+    made = list(
+        load_in_processes(number_after_a_while, steps, shape=(2, 5), workers=workers, prefetch=prefetch)
+    )
+    assert [int(numbers[0]) for numbers, _ in made] == list(steps)
+    assert all((pixels == step).all() for step, (_, pixels) in zip(steps, made, strict=True))
 
 
 def test_a_process_that_dies_is_told_and_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(WsiPipelineError, match=r"data\.workers: a process that reads tiles died"):
-        list(load_in_processes(die, range(3), workers=1, prefetch=1))
+        list(load_in_processes(die, range(3), shape=(2,), workers=1, prefetch=1))
     with pytest.raises(RuntimeError, match=r"in stumble(.|\n)*a bug of ours"):
-        list(load_in_processes(stumble, range(3), workers=1, prefetch=1))
+        list(load_in_processes(stumble, range(3), shape=(2,), workers=1, prefetch=1))
 
 
 def test_every_tile_comes_once_in_an_epoch(cohort: Path) -> None:

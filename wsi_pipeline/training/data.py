@@ -226,10 +226,23 @@ def batches(
     source = _Batches(TileSamples(config, seed), batch, rank, world)
     steps = range(start, max(start, stop))
     if config.workers == 0:
-        return (source.make(step) for step in steps)
+        return _inline(source, steps)
     from wsi_pipeline.training.workers import load_in_processes
 
-    return load_in_processes(source.make, steps, workers=config.workers, prefetch=config.prefetch)
+    made = load_in_processes(
+        source.fill, steps, shape=source.shape, workers=config.workers, prefetch=config.prefetch
+    )
+    return (_batch(numbers, pixels) for numbers, pixels in made)
+
+
+def _inline(source: _Batches, steps: range) -> Iterator[TrainBatch]:
+    for step in steps:
+        pixels = np.empty(source.shape, np.uint8)
+        yield _batch(source.fill(step, pixels), pixels)
+
+
+def _batch(numbers: npt.NDArray[np.int64], pixels: npt.NDArray[np.uint8]) -> TrainBatch:
+    return TrainBatch(numbers=numbers, source_BHWC=pixels[0], target_BHWC=pixels[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,11 +254,16 @@ class _Batches:
     rank: int
     world: int
 
-    def make(self, step: int) -> TrainBatch:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a batch's pixels: both sides, samples, rows, columns, channels."""
+        side = self.samples.config.crop
+        return (2, self.batch, side, side, 3)
+
+    def fill(self, step: int, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+        """Write the samples of a step into an array of ``shape``; returns their numbers."""
         first = (step * self.world + self.rank) * self.batch
         numbers = np.arange(first, first + self.batch, dtype=np.int64)
-        side = self.samples.config.crop
-        pixels = np.empty((2, self.batch, side, side, 3), np.uint8)
         for i, number in enumerate(numbers.tolist()):
             pixels[0, i], pixels[1, i] = self.samples.sample(number)
-        return TrainBatch(numbers=numbers, source_BHWC=pixels[0], target_BHWC=pixels[1])
+        return numbers

@@ -10,6 +10,7 @@ network is trained on the very pixels that it will be asked to translate.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections import OrderedDict
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from wsi_pipeline.cohorts.cache import DiskCache
 from wsi_pipeline.cohorts.names import place_of
 from wsi_pipeline.cohorts.tcga import parse_barcode
 from wsi_pipeline.core.geometry import Mpp, Region
@@ -95,6 +97,17 @@ class TileIndex:
         y, x, height, width = self.region_N4[row].tolist()
         return Region(y, x, height, width)
 
+    @property
+    def digest(self) -> str:
+        """Of the rows and their slides: equal indices give equal samples."""
+        digest = hashlib.sha256(repr((self.mpp, self.icc)).encode())
+        for slide in self.slides:
+            who = slide.identity or slide.name
+            digest.update(repr((who, slide.mpp, slide.lattice, slide.pair)).encode())
+        for values in (self.slide_N, self.region_N4):
+            digest.update(np.ascontiguousarray(values).data)
+        return digest.hexdigest()
+
     def mpp_of(self, row: int) -> Mpp | None:
         """The exact (y, x) pixel size of a row's tile; None where unknown."""
         return self.slide(row).lattice or self.mpp
@@ -142,13 +155,14 @@ class TileReader:
 
     ``open_slides``: how many slides one process keeps open at the most, the least recently used closes;
     pictures, which are decoded whole, also leave when they take more than ``PICTURE_BYTES`` together.
+    ``cache``: where whole tiles of slides are kept on disk (pictures are not, they are there already).
     """
 
-    def __init__(self, index: TileIndex, *, open_slides: int = 8) -> None:
+    def __init__(self, index: TileIndex, *, open_slides: int = 8, cache: DiskCache | None = None) -> None:
         if open_slides < 1:
             raise ConfigError(f"open_slides: {open_slides} is not a positive number")
         self.index = index
-        self._limit = open_slides
+        self._limit, self._cache = open_slides, cache
         self._lock = threading.Lock()
         self._open: OrderedDict[int, SlideView] = OrderedDict()
 
@@ -161,7 +175,18 @@ class TileReader:
         region = tile if crop is None else crop.shifted(tile.y, tile.x)
         if region.intersect(tile) != region:
             raise ValueError(f"{crop} is not inside a tile of {tile.height} x {tile.width} px")
-        return self._view(int(self.index.slide_N[row])).read(region)
+        number = int(self.index.slide_N[row])
+        name = self._name(number, tile)
+        if self._cache is None or name is None:
+            return self._view(number).read(region)
+        tile_HWC = self._cache.get(name, lambda: self._view(number).read(tile))
+        return tile_HWC[region.slices(tile)].copy()
+
+    def _name(self, number: int, tile: Region) -> str | None:
+        """What decides a tile's pixels, as text; None where the file's content is unknown."""
+        entry = self.index.slides[number]
+        decides = (entry.identity, entry.mpp, entry.lattice, tile, self.index.icc)
+        return repr(decides) if entry.identity else None
 
     def close(self) -> None:
         """Close the slides of this process; they open again when they are read."""
@@ -194,11 +219,11 @@ class TileReader:
         slides = (view.slide for view in self._open.values())
         return sum(3 * slide.levels[0].size.area for slide in slides if slide.reader == "image")
 
-    def __getstate__(self) -> tuple[TileIndex, int]:
-        return self.index, self._limit
+    def __getstate__(self) -> tuple[TileIndex, int, DiskCache | None]:
+        return self.index, self._limit, self._cache
 
-    def __setstate__(self, state: tuple[TileIndex, int]) -> None:
-        self.index, self._limit = state
+    def __setstate__(self, state: tuple[TileIndex, int, DiskCache | None]) -> None:
+        self.index, self._limit, self._cache = state
         self._lock = threading.Lock()
         self._open = OrderedDict()
 

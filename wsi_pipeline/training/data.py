@@ -16,6 +16,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from wsi_pipeline.cohorts.cache import DiskCache
 from wsi_pipeline.cohorts.tiles import TileIndex, TileReader, load_tiles, several
 from wsi_pipeline.core.frozen import FrozenModel, simulate_pair
 from wsi_pipeline.core.geometry import Region
@@ -43,7 +44,8 @@ class DataConfig:
     of stain too; ``mpp``: pixel size of pictures, which simulation needs; ``workers``: reading processes (0:
     none, read inline); ``prefetch``: batches that each keeps ready; ``mix``: slides of each side from which
     samples are drawn at a time, and which a process keeps open (another number is another order of samples,
-    where there are more slides).
+    where there are more slides); ``cache``: a folder on a fast disk for tiles of remote or slow slides,
+    ``cache_gib`` GiB at the most.
     """
 
     source: str = ""
@@ -59,6 +61,8 @@ class DataConfig:
     workers: int = 0
     prefetch: int = 2
     mix: int = 32
+    cache: str | None = None
+    cache_gib: float = 20.0
 
     def __post_init__(self) -> None:
         for name, least in (("crop", 1), ("workers", 0), ("prefetch", 1), ("mix", 1)):
@@ -81,7 +85,8 @@ class TileSamples:
     def __init__(self, config: DataConfig, seed: int) -> None:
         self.config, self.seed = config, seed
         target = _side(config, "target", config.target, config.target_domain)
-        self._target = TileReader(target, open_slides=config.mix)
+        cache = None if config.cache is None else DiskCache(config.cache, int(config.cache_gib * 2**30))
+        self._target = TileReader(target, open_slides=config.mix, cache=cache)
         self._source: TileReader | None = None
         self._pairs_N2: npt.NDArray[np.int64] | None = None
         if config.pairing == "simulated":
@@ -89,7 +94,7 @@ class TileSamples:
             self._orders = {"pair": self._order("pair", target.slide_N)}
             return
         source = _side(config, "source", config.source, config.source_domain)
-        self._source = TileReader(source, open_slides=config.mix)
+        self._source = TileReader(source, open_slides=config.mix, cache=cache)
         if config.pairing == "aligned":
             self._pairs_N2 = _pairs(source, target)
             self._orders = {"pair": self._order("pair", source.slide_N[self._pairs_N2[:, 0]])}
@@ -106,6 +111,11 @@ class TileSamples:
     def length(self) -> int:
         """Samples in an epoch: pairs, or tiles of the longer side."""
         return max(len(order) for order in self._orders.values())
+
+    @property
+    def digest(self) -> str:
+        """Of the tiles that samples are made of; with the configuration and the seed it decides them all."""
+        return "/".join(r.index.digest for r in (self._source, self._target) if r is not None)
 
     @property
     def left_out(self) -> int:

@@ -24,7 +24,7 @@ from wsi_pipeline.cohorts.qc_page import KINDS
 from wsi_pipeline.cohorts.settings import CohortConfig, FilterConfig, LatticeConfig
 from wsi_pipeline.cohorts.tiles import TileReader, load_tiles
 from wsi_pipeline.core.geometry import Region
-from wsi_pipeline.errors import ConfigError, OutputExistsError, SlideError
+from wsi_pipeline.errors import ConfigError, OutputError, OutputExistsError, SlideError
 from wsi_pipeline.readers import open_slide
 from wsi_pipeline.readers.lattice import SlideView
 from wsi_pipeline.training.data import DataConfig, TileSamples
@@ -240,6 +240,15 @@ def test_only_what_a_setting_changes_is_measured_again(
         build(study, change(CONFIG))
     build(study, change(CONFIG), overwrite=True)
     assert len(counted) == 4 + again
+
+
+def test_a_full_disk_ends_the_run_with_its_name(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(parquet, "write_table", full)
+    with pytest.raises(OutputError, match=r"i\.parts.*cannot be written \(No space left on device\)"):
+        build(study)
 
 
 def test_a_changed_slide_or_mask_is_measured_again(study: Path, counted: list[str]) -> None:

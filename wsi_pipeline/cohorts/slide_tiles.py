@@ -31,7 +31,7 @@ from wsi_pipeline.core.protocols import U8_HWC, Slide
 from wsi_pipeline.core.stain_check import assess_stain
 from wsi_pipeline.core.tile_scores import TileScores, score_tile
 from wsi_pipeline.core.tissue import TissueMask, TissueResult
-from wsi_pipeline.errors import SlideError
+from wsi_pipeline.errors import OutputError, SlideError
 from wsi_pipeline.readers import open_slide
 from wsi_pipeline.readers.lattice import SlideView
 from wsi_pipeline.readers.masks import find_tissue
@@ -87,7 +87,10 @@ class Part:
 
 
 def tile_slide(job: SlideJob) -> None:
-    """Measure all tiles of a slide that touch tissue, and write its part; SlideError or ConfigError."""
+    """Measure all tiles of a slide that touch tissue, and write its part.
+
+    Raises SlideError or ConfigError where this slide is to blame, OutputError where the disk is.
+    """
     began = time.monotonic()
     cv2.setNumThreads(0)
     slide = open_slide(job.slide.path, mpp=job.slide.mpp)
@@ -231,6 +234,8 @@ def _write(path: Path, regions_N4: npt.NDArray[np.int64], columns: dict[str, Any
     try:
         parquet.write_table(table.replace_schema_metadata(metadata), fresh, compression="zstd")
         fresh.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})", path=path) from error
     finally:
         fresh.unlink(missing_ok=True)
 

@@ -46,8 +46,7 @@ def train(
     from wsi_pipeline.training.run import train as run
 
     with TrainConsole(log_format) as console:
-        result = run(resolved, out, restart=restart, emit=console.emit)
-        console.finished(result)
+        run(resolved, out, restart=restart, emit=console.emit)
 
 
 class TrainConsole:
@@ -79,11 +78,13 @@ class TrainConsole:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self._bar.stop()
         if kind is KeyboardInterrupt:
+            if self._json:
+                typer.echo('{"event": "stopped"}')
             self._stderr.print("Stopped. Run the same command again to continue from the last checkpoint.")
 
     def emit(self, event: Event) -> None:
         """Show one event."""
-        from wsi_pipeline.training.events import Notice, Saved, Started, Stepped, Validated
+        from wsi_pipeline.training.events import Finished, Notice, Saved, Started, Stepped, Validated
 
         if self._json:
             if not isinstance(event, Stepped) or event.logs:
@@ -96,8 +97,9 @@ class TrainConsole:
                 )
                 self._stderr.print(_started(event))
             case Stepped():
-                shown = {"figures": _figures(event.logs)} if event.logs else {}
-                self._bar.update(self._task, completed=event.step, **shown)
+                self._bar.update(self._task, completed=event.step)
+                if event.logs:
+                    self._bar.update(self._task, figures=_figures(event.logs))
                 if event.logs and not self._stderr.is_terminal:
                     self._stderr.print(f"{event.step}: {_figures(event.logs, 20)}")
             case Validated():
@@ -107,20 +109,11 @@ class TrainConsole:
                 self._stderr.print(event.message, markup=False)
             case Saved():
                 pass
-
-    def finished(self, result: Any) -> None:
-        """The closing lines."""
-        self._bar.stop()
-        path = result.bundle.path
-        if self._json:
-            import json
-
-            line = {"event": "result", "bundle": str(path), "step": result.step, "figures": result.figures}
-            typer.echo(json.dumps(line))
-            return
-        figures = f": {_figures(result.figures, 20)}" if result.figures else ""
-        typer.echo(f"Wrote {path}, the weights of iteration {result.step}{figures}")
-        typer.echo(f"Next: wsi-pipeline convert SLIDE -o OUT.ome.zarr --weights {path}")
+            case Finished():
+                self._bar.stop()
+                figures = f": {_figures(event.figures, 20)}" if event.figures else ""
+                typer.echo(f"Wrote {event.bundle}, the weights of iteration {event.step}{figures}")
+                typer.echo(f"Next: wsi-pipeline convert SLIDE -o OUT.ome.zarr --weights {event.bundle}")
 
 
 def _started(event: Any) -> str:
@@ -138,4 +131,15 @@ def _json_line(event: Event) -> None:
     import json
     from dataclasses import asdict
 
-    typer.echo(json.dumps({"event": type(event).__name__.lower(), **asdict(event)}, default=str))
+    name = {"Finished": "result"}.get(type(event).__name__, type(event).__name__.lower())
+    fields = {key: _finite(value) for key, value in asdict(event).items()}
+    typer.echo(json.dumps({"event": name, **fields}, default=str))
+
+
+def _finite(value: Any) -> Any:
+    """Figures as JSON knows them: what is no number becomes null."""
+    import math
+
+    if not isinstance(value, dict):
+        return value
+    return {name: number if math.isfinite(number) else None for name, number in value.items()}

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ class AdversarialConfig:
     lpips: bool = True
     lpips_vgg: str | None = None
     augment: tuple[str, ...] = ("color", "translation", "cutout")
-    latent: str = "mode"
+    latent: Literal["mode", "sample"] = "mode"
     legacy_disc_grad_leak: bool = False
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
 
@@ -152,8 +153,9 @@ class AdversarialObjective:
     def _judged(
         self, sample: Sample, image: Tensor, direction: Direction, name: str, wanted: float
     ) -> Tensor:
-        call = f"{name}_{_LETTER[direction]}"
-        logits = self._judges[direction](image, self._draws(sample, call, *image.shape[-2:]))
+        call, judge = f"{name}_{_LETTER[direction]}", self._judges[direction]
+        judge.train(sample.first)  # its spectral norms move in training mode
+        logits = judge(image, self._draws(sample, call, *image.shape[-2:]))
         return multilevel_loss(logits, wanted).mean()
 
     def _translate(self, sample: Sample, image: Tensor, direction: Direction, name: str) -> Tensor:

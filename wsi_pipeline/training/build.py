@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,11 +15,11 @@ from wsi_pipeline.models.bundle import load_bundle
 from wsi_pipeline.models.discriminator import Discriminator, MultilevelHead
 from wsi_pipeline.models.fresh import fresh_adapters, from_scratch
 from wsi_pipeline.models.hub import SD_TURBO, find_base, load_base
-from wsi_pipeline.models.layout import Direction
+from wsi_pipeline.models.layout import VAES, Direction
 from wsi_pipeline.models.lpips import make_lpips
 from wsi_pipeline.models.prompts import embed_prompts
 from wsi_pipeline.models.trainable import TurboNetwork
-from wsi_pipeline.models.weights import TurboWeights
+from wsi_pipeline.models.weights import Prompt, TurboWeights, tensors_digest
 from wsi_pipeline.training.adversarial import AdversarialConfig, AdversarialObjective
 from wsi_pipeline.training.config import ModelConfig, TrainConfig
 from wsi_pipeline.training.objective import Objective
@@ -42,7 +43,7 @@ def initial_weights(config: ModelConfig, seed: int) -> TurboWeights:
                 f"{config.weights}: has no direction {sorted(lacking)[0]}; train with model.directions=a2b "
                 "and objective.kind=paired, or begin with other weights"
             )
-        return weights
+        return weights if config.directions == "both" else _one_way(weights)
     captions: dict[Direction, str] = {"a2b": config.prompt_a2b}
     if config.directions == "both":
         captions["b2a"] = config.prompt_b2a
@@ -61,6 +62,15 @@ def initial_weights(config: ModelConfig, seed: int) -> TurboWeights:
         tile=config.tile,
         licence=config.licence or LICENCE.format(base=name),
     )
+
+
+def _one_way(weights: TurboWeights) -> TurboWeights:
+    """The direction a2b alone."""
+    vaes = tuple(vae for vae in weights.layout.vaes if vae in VAES["a2b"])
+    layout = replace(weights.layout, vaes=vaes)
+    tensors = {name: weights.tensors[name] for name in layout.canonical()}
+    prompts: dict[Direction, Prompt] = {"a2b": weights.prompts["a2b"]}
+    return replace(weights, layout=layout, tensors=tensors, prompts=prompts, digest=tensors_digest(tensors))
 
 
 def _from_scratch(config: ModelConfig, captions: Mapping[Direction, str], seed: int) -> TurboWeights:
@@ -89,7 +99,8 @@ def make_network(config: TrainConfig, weights: TurboWeights, device: torch.devic
         recompute=config.model.recompute,
         bf16=config.loop.precision == "bf16",
     )
-    return network.to(device).train()
+    network.to(device).train()
+    return network
 
 
 def make_objective(config: TrainConfig, network: TurboNetwork, device: torch.device, seed: int) -> Objective:
@@ -128,4 +139,5 @@ def _perceptual(
 ) -> Callable[[Tensor, Tensor], Tensor] | None:
     if not wanted:
         return None
-    return make_lpips(None if vgg is None else Path(vgg)).to(device)
+    made: Callable[[Tensor, Tensor], Tensor] = make_lpips(None if vgg is None else Path(vgg)).to(device)
+    return made

@@ -188,7 +188,7 @@ def checkpoint_bytes(state: State) -> int:
     """Size of a checkpoint once the optimisers have their moments."""
     learned = sum(p.numel() for parameters in state.groups.values() for p in parameters.values())
     rest = [*state.buffers.values(), *state.ema.values()]
-    return 4 * (3 * learned + sum(tensor.numel() for tensor in rest))
+    return 4 * int(3 * learned + sum(tensor.numel() for tensor in rest))
 
 
 def _tensors(state: State) -> dict[str, Tensor]:

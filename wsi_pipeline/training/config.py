@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from wsi_pipeline.errors import ConfigError
+from wsi_pipeline.models.lora_turbo import SIZE_MULTIPLE
 from wsi_pipeline.models.trainable import Trainable
 from wsi_pipeline.training.adversarial import AdversarialConfig
 from wsi_pipeline.training.data import DataConfig
@@ -50,8 +51,8 @@ class ModelConfig:
         for name in ("rank_unet", "rank_vae", "tile"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name}: {getattr(self, name)} is not a positive number")
-        if self.tile % 32:
-            raise ConfigError(f"model.tile: {self.tile} is not a multiple of 32")
+        if self.tile % SIZE_MULTIPLE:
+            raise ConfigError(f"model.tile: {self.tile} is not a multiple of {SIZE_MULTIPLE}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +86,15 @@ class OptimiserConfig:
     def __post_init__(self) -> None:
         if not 0.0 <= self.ema < 1.0:
             raise ConfigError(f"optimiser.ema: {self.ema} is not in [0, 1)")
-        if self.learning_rate <= 0 or self.clip <= 0:
-            raise ConfigError("optimiser: learning_rate and clip must be above 0")
+        if min(self.learning_rate, self.clip, self.epsilon) <= 0:
+            raise ConfigError("optimiser: learning_rate, clip and epsilon must be above 0")
+        own = self.discriminator_learning_rate
+        if (own is not None and own <= 0) or min(self.weight_decay, self.warmup) < 0:
+            raise ConfigError(
+                "optimiser: discriminator_learning_rate must be above 0, weight_decay and warmup not below"
+            )
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ConfigError(f"optimiser.betas: {list(self.betas)} are not in [0, 1)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,3 +141,10 @@ class TrainConfig:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        if self.data.crop % SIZE_MULTIPLE:
+            raise ConfigError(
+                f"data.crop: {self.data.crop} px is not a multiple of {SIZE_MULTIPLE}; give "
+                f"{max(1, self.data.crop // SIZE_MULTIPLE) * SIZE_MULTIPLE}"
+            )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-__all__ = ["Emit", "Event", "Notice", "Saved", "Started", "Stepped", "Validated", "ignore"]
+__all__ = ["Emit", "Event", "Finished", "Notice", "Saved", "Started", "Stepped", "Validated", "ignore"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +41,19 @@ class Validated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
-    """A checkpoint, a picture of samples, or the bundle is on the disk."""
+    """A checkpoint or a picture of samples is on the disk."""
 
     step: int
     path: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """``bundle``: the generator, with the weights of iteration ``step`` and ``figures`` of its validation."""
+
+    bundle: Path
+    step: int
+    figures: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +63,7 @@ class Notice:
     message: str
 
 
-Event: TypeAlias = Started | Stepped | Validated | Saved | Notice
+Event: TypeAlias = Started | Stepped | Validated | Saved | Notice | Finished
 Emit: TypeAlias = Callable[[Event], None]
 
 

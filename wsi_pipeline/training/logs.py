@@ -18,6 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from wsi_pipeline.core.protocols import U8_HWC
+from wsi_pipeline.training.folder import writing
 
 __all__ = ["RunLog", "save_grid"]
 
@@ -34,13 +35,21 @@ class RunLog:
         self._board = _board(folder / "tensorboard", step) if tensorboard else None
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        """One line ``{"step", "kind", ...values}``; values that are no numbers become null."""
+        """One line ``{"step", "kind", ...values}``; values that are no numbers become null.
+
+        Raises OutputError where it cannot be written.
+        """
         finite = {name: value if np.isfinite(value) else None for name, value in values.items()}
-        with self._path.open("a", encoding="utf-8") as file:
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "kind": kind, **finite}) + "\n")
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def flush(self) -> None:
+        """Hand TensorBoard's values, which are written every two minutes, to the disk."""
+        if self._board is not None:
+            self._board.flush()
 
     def close(self) -> None:
         if self._board is not None:
@@ -50,15 +59,16 @@ class RunLog:
         if not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
+        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue  # a line that was being written when the power went
         partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(partial, self._path)
+        with writing(self._path):
+            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.replace(partial, self._path)
 
 
 def _board(folder: Path, step: int) -> Any:
@@ -68,7 +78,10 @@ def _board(folder: Path, step: int) -> Any:
 
 
 def save_grid(path: Path, rows: Sequence[Sequence[U8_HWC]]) -> None:
-    """A PNG with one row for each sample (source, output, target, ...), all of one size, on white."""
+    """A PNG with one row for each sample (source, output, target, ...), all of one size, on white.
+
+    Raises OutputError where it cannot be written.
+    """
     height, width = rows[0][0].shape[:2]
     columns = len(rows[0])
     canvas: npt.NDArray[np.uint8] = np.full(
@@ -78,5 +91,6 @@ def save_grid(path: Path, rows: Sequence[Sequence[U8_HWC]]) -> None:
         for c, picture_HWC in enumerate(row):
             y, x = r * (height + GAP), c * (width + GAP)
             canvas[y : y + height, x : x + width] = picture_HWC
-    path.parent.mkdir(exist_ok=True)
-    Image.fromarray(canvas).save(path)
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(canvas).save(path)

@@ -105,7 +105,6 @@ class Iteration:
         optimiser.zero_grad(set_to_none=True)
         return norm.detach().cpu()
 
-    @torch.no_grad()
     def _average(self) -> None:
         learning = self.objective.groups["generator"]
         for name, average in self.ema.items():

@@ -32,13 +32,15 @@ class Sample:
     """A batch on its device. ``source``, ``target``: [B, 3, H, W] float32 in [-1, 1]; ``numbers``: int64 [B].
 
     Whatever an objective draws, it draws from (``seed``, number): then neither ranks nor batches nor an
-    interruption can change it.
+    interruption can change it. ``first``: the iteration's first micro-batch on its process; what moves with
+    every pass (power iterations) moves with this one alone, so that cutting a batch changes nothing.
     """
 
     source: Tensor
     target: Tensor
     numbers: npt.NDArray[np.int64]
     seed: int
+    first: bool = True
 
 
 class Term(NamedTuple):

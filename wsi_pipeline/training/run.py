@@ -2,26 +2,28 @@
 
     RUN/train.yaml              the settings, ready for --config
     RUN/checkpoints/            the newest ones and the best; see ``checkpoint.py``
+    RUN/best.json               figures of the best
     RUN/log.jsonl, tensorboard/ losses and figures
     RUN/samples/                pictures: source, translation, target, translation back
     RUN/generator.safetensors   the bundle of the best checkpoint (or the last): `convert --weights` takes it
 
 Killed and run again, it goes on from the newest checkpoint and ends with the same weights, bit for bit on a
-CPU.
+CPU, and the same log. For that a checkpoint is the last thing that is done after an iteration: where it is,
+all that belongs to its iteration is.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from wsi_pipeline.core.protocols import U8_BHWC
-from wsi_pipeline.errors import ConfigError, TrainingError
+from wsi_pipeline.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from wsi_pipeline.models.bundle import BundleFacts, load_facts, save_bundle
 from wsi_pipeline.models.features import make_extractor
 from wsi_pipeline.models.layout import Direction
@@ -31,6 +33,7 @@ from wsi_pipeline.training.checkpoint import (
     Checkpoint,
     State,
     checkpoint_bytes,
+    damaged_checkpoints,
     find_checkpoints,
     learned_of,
     load_checkpoint,
@@ -40,8 +43,17 @@ from wsi_pipeline.training.checkpoint import (
 from wsi_pipeline.training.config import TrainConfig
 from wsi_pipeline.training.data import TrainBatch, batches
 from wsi_pipeline.training.ema import swapped
-from wsi_pipeline.training.events import Emit, Notice, Saved, Started, Stepped, Validated, ignore
-from wsi_pipeline.training.folder import RunFolder
+from wsi_pipeline.training.events import (
+    Emit,
+    Finished,
+    Notice,
+    Saved,
+    Started,
+    Stepped,
+    Validated,
+    ignore,
+)
+from wsi_pipeline.training.folder import Best, RunFolder
 from wsi_pipeline.training.logs import RunLog, save_grid
 from wsi_pipeline.training.loop import Averages, Iteration, make_optimisers
 from wsi_pipeline.training.objective import Sample
@@ -74,9 +86,9 @@ def train(config: TrainConfig, out: str | Path, *, restart: bool = False, emit: 
     run = _Run(config, Path(out), restart, accelerator, emit)
     try:
         run.go()
+        return run.result()
     finally:
         run.close()
-    return run.result()
 
 
 class _Run:
@@ -91,10 +103,6 @@ class _Run:
         self.network = make_network(config, weights, self.device)
         self.objective = make_objective(config, self.network, self.device, config.loop.seed)
         self.validation = self._validation()
-        self.folder = RunFolder(out, config, weights.digest, accelerator.num_processes)
-        if self.is_main:
-            self.folder.open(restart)
-        accelerator.wait_for_everyone()
         learning = self.objective.groups["generator"]
         averaged = {name: p.detach().clone() for name, p in learning.items()} if config.optimiser.ema else {}
         self.state = State(
@@ -103,9 +111,27 @@ class _Run:
             optimisers=make_optimisers(self.objective, config.optimiser),
             ema=averaged,
         )
-        self.first = self._resume()
+        self.folder = RunFolder(out, config, weights.digest, accelerator.num_processes)
         self.log: RunLog | None = None
-        self.quiet_steps = 0
+        self.best: Best | None = None
+        self.quiet = 0  # iterations for which outputs have been like inputs
+        if self.is_main:
+            self.folder.check(restart)
+        self.first = self.taken = self._resume(restart)
+        self.stream = batches(
+            config.data,
+            seed=config.loop.seed,
+            batch=config.loop.batch * config.loop.accumulate,
+            start=self.first,
+            stop=config.loop.steps,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+        )
+        # Up to here nothing was written: settings that cannot work leave no trace.
+        if self.is_main:
+            self._check_disk()
+            self.folder.open(restart)
+        accelerator.wait_for_everyone()
 
     def go(self) -> None:
         config, steps = self.config, self.config.loop.steps
@@ -120,8 +146,8 @@ class _Run:
             )
         )
         if self.is_main:
-            self._check_disk()
             self.log = RunLog(self.folder.path, self.first, config.loop.tensorboard)
+            self.folder.show_best(self.best)
         iteration = Iteration(
             objective=self.objective,
             optimisers=self.state.optimisers,
@@ -131,16 +157,7 @@ class _Run:
             ema=self.state.ema,
         )
         averages = Averages()
-        stream = batches(
-            config.data,
-            seed=config.loop.seed,
-            batch=config.loop.batch * config.loop.accumulate,
-            start=self.first,
-            stop=steps,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-        )
-        for step, batch in enumerate(stream, start=self.first):
+        for step, batch in enumerate(self.stream, start=self.first):
             averages.add(iteration.run(step, list(self._samples(batch))))
             self._after(step + 1, averages)
 
@@ -153,29 +170,35 @@ class _Run:
                 target=from_uint8(torch.from_numpy(batch.target_BHWC[part]).to(self.device)),
                 numbers=batch.numbers[part],
                 seed=self.config.loop.seed,
+                first=at == 0,
             )
 
     def _after(self, done: int, averages: Averages) -> None:
         """What is due after ``done`` iterations."""
         loop, every = self.config.loop, self.config.validation.every
         last = done == loop.steps
+        validates = every > 0 and (done % every == 0 or last)
         saves = done % loop.checkpoint_every == 0 or last
         logs: dict[str, float] = {}
-        # A saved iteration is logged, too: a resumed run then averages over the same iterations.
-        if done % loop.log_every == 0 or saves:
+        # Averages end with every iteration that may be saved: a resumed run then averages over the same ones.
+        if done % loop.log_every == 0 or validates or saves:
             logs = averages.take(self.accelerator)
             if self.log is not None:
                 self.log.write(done, "train", logs)
         self.emit(Stepped(step=done, steps=loop.steps, logs=logs))
-        if self.is_main and (done % loop.sample_every == 0 or last):
-            self._show(done)
-        if self.is_main and self.validation is not None and (done % every == 0 or last):
-            self._validate(done)
-        if saves:
-            self._save(done)
-            self.accelerator.wait_for_everyone()
         if "change_a" in logs:
-            self._watch(done, logs["change_a"])
+            is_quiet = logs["change_a"] < loop.collapse_change
+            self.quiet = self.quiet + done - self.taken if is_quiet else 0
+        if logs:
+            self.taken = done
+        if done % loop.sample_every == 0 or last:
+            self._show(done)
+        if (validates and self._validate(done)) or saves:
+            self._save(done)
+        if saves:
+            self.accelerator.wait_for_everyone()
+        if self.quiet >= loop.collapse_steps:
+            self._alarm(done, logs["change_a"])
 
     def _show(self, done: int) -> None:
         if self.validation is None:
@@ -184,35 +207,39 @@ class _Run:
         save_grid(path, self.validation.pictures(self._translate, self.network.directions))
         self.emit(Saved(step=done, path=path))
 
-    def _validate(self, done: int) -> None:
+    def _validate(self, done: int) -> bool:
+        """Whether it is better than all before; the main process alone looks."""
         if self.validation is None:
-            return
-        figures = self.validation.figures(self._translate, self.network.directions)
-        best = self.folder.best()
-        better = is_better(self.config.validation.metric, figures, best[1] if best else None)
+            return False
+        figures, metric = (
+            self.validation.figures(self._translate, self.network.directions),
+            self.config.validation.metric,
+        )
+        better = is_better(metric, figures, self.best.value if self.best else None)
         if better:
-            self._save(done)
-            self.folder.set_best(done, figures[self.config.validation.metric], figures)
+            self.best = Best(step=done, value=figures[metric], figures=figures)
         if self.log is not None:
             self.log.write(done, "validation", figures)
         self.emit(Validated(step=done, figures=figures, best=better))
+        return better
 
     def _save(self, done: int) -> None:
-        if self.is_main and not self.folder.has_checkpoint(done):
-            saved = save_checkpoint(self.folder.checkpoints, done, self.state, self.folder.fingerprint)
-            best = self.folder.best()
-            prune(self.folder.checkpoints, self.config.loop.keep, best[0] if best else None)
-            self.emit(Saved(step=done, path=saved.path))
-
-    def _watch(self, done: int, change: float) -> None:
-        """The identity-collapse alarm: a generator that has learnt to return its input."""
-        loop = self.config.loop
-        self.quiet_steps = self.quiet_steps + loop.log_every if change < loop.collapse_change else 0
-        if self.quiet_steps < loop.collapse_steps:
+        if not self.is_main:
             return
+        notes = {"best": asdict(self.best) if self.best else None, "quiet": self.quiet}
+        if self.log is not None:
+            self.log.flush()
+        saved = save_checkpoint(self.folder.checkpoints, done, self.state, self.folder.fingerprint, notes)
+        self.folder.show_best(self.best)
+        prune(self.folder.checkpoints, self.config.loop.keep, self.best.step if self.best else None)
+        self.emit(Saved(step=done, path=saved.path))
+
+    def _alarm(self, done: int, change: float) -> None:
+        """The generator has learnt to return its input."""
+        loop = self.config.loop
         said = (
             f"iteration {done}: outputs have differed from inputs by {change:.4f} (of 2) on average, for "
-            f"{self.quiet_steps} iterations: the generator returns its input"
+            f"{self.quiet} iterations: the generator returns its input"
         )
         stops = loop.on_collapse == "stop" or (loop.on_collapse == "auto" and loop.precision == "bf16")
         if stops:
@@ -221,19 +248,19 @@ class _Run:
                 "(loop.on_collapse=warn goes on)"
             )
         self.emit(Notice(message=said))
-        self.quiet_steps = 0
+        self.quiet = 0
 
-    @torch.no_grad()
     def _translate(self, pixels_BHWC: U8_BHWC, direction: Direction) -> U8_BHWC:
         """Tiles one by one, with averaged weights where there are some."""
-        with swapped(self.state.groups["generator"], self.state.ema):
+        with torch.no_grad(), swapped(self.state.groups["generator"], self.state.ema):
             made = [
                 to_uint8(
                     self.network(from_uint8(torch.from_numpy(p[None]).to(self.device)), direction), "round"
                 )
                 for p in pixels_BHWC
             ]
-        return torch.cat(made).cpu().numpy()
+        translated_BHWC: U8_BHWC = torch.cat(made).cpu().numpy()
+        return translated_BHWC
 
     def _validation(self) -> Validation | None:
         settings = self.config.validation
@@ -243,43 +270,70 @@ class _Run:
         extractor = make_extractor(settings.extractor, weights=weights, model=settings.model)
         return Validation(settings, self.config.data, extractor)
 
-    def _resume(self) -> int:
-        found = find_checkpoints(self.folder.checkpoints)
-        if not found:
+    def _resume(self, restart: bool) -> int:
+        """Go back to the newest whole checkpoint of the main process; returns its iterations, 0 for none."""
+        from accelerate.utils import broadcast_object_list
+
+        found = {c.step: c for c in find_checkpoints(self.folder.checkpoints)}
+        agreed = [0 if restart else max(found, default=0)]
+        broadcast_object_list(agreed)
+        if agreed[0] == 0:
+            if not restart:
+                self._tell_damaged(0)
             return 0
-        load_checkpoint(found[-1], self.state, self.folder.fingerprint)
-        return found[-1].step
+        if agreed[0] not in found:
+            raise OutputError(
+                f"{self.folder.checkpoints}: process {self.accelerator.process_index} does not see the "
+                f"checkpoint of iteration {agreed[0]}; give all processes one folder",
+                path=self.folder.checkpoints,
+            )
+        notes = load_checkpoint(found[agreed[0]], self.state, self.folder.fingerprint)
+        self.best = Best(**notes["best"]) if notes.get("best") else None
+        self.quiet = int(notes.get("quiet", 0))
+        self._tell_damaged(agreed[0])
+        return agreed[0]
+
+    def _tell_damaged(self, first: int) -> None:
+        for path in damaged_checkpoints(self.folder.checkpoints):
+            if first == 0:
+                raise CheckpointError(
+                    f"{path}: is damaged, and no checkpoint before it is left; use --restart"
+                )
+            self.emit(Notice(message=f"{path}: is damaged; going on from iteration {first}"))
 
     def _check_disk(self) -> None:
         loop = self.config.loop
         kept = min(loop.keep + 2, loop.steps // loop.checkpoint_every + 2)
         bundle = sum(p.numel() for p in self.network.parameters()) * 4
-        needed = kept * checkpoint_bytes(self.state) + bundle + SPARE
-        free = shutil.disk_usage(self.folder.path).free
+        needed = kept * checkpoint_bytes(self.state) + bundle + SPARE - self.folder.used
+        folder = self.folder.path.absolute()
+        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
         if free < needed:
             raise ConfigError(
-                f"{self.folder.path}: the run needs {needed / 1e9:.1f} GB ({kept} checkpoints, the bundle) "
-                f"and {free / 1e9:.1f} GB are free; lower loop.keep, or choose another folder"
+                f"{self.folder.path}: the run needs {needed / 1e9:.1f} GB more ({kept} checkpoints, the "
+                f"bundle) and {free / 1e9:.1f} GB are free; lower loop.keep, or choose another folder"
             )
 
     def result(self) -> TrainResult:
         """Write the bundle of the best checkpoint, or of the last where nothing was validated."""
-        best = self.folder.best()
-        found = {checkpoint.step: checkpoint for checkpoint in find_checkpoints(self.folder.checkpoints)}
-        chosen = best is not None and self.config.validation.choose == "best"
-        step = best[0] if best and chosen and best[0] in found else max(found)
-        learned = learned_of(found[step])
-        facts = None
+        from accelerate.utils import broadcast_object_list
+
+        made: list[Any] = [0, {}]
         if self.is_main:
-            facts = save_bundle(self.network.weights(learned), self.folder.bundle, overwrite=True)
-            self.emit(Saved(step=step, path=self.folder.bundle))
-        self.accelerator.wait_for_everyone()
-        figures = best[2] if best and best[0] == step else {}
-        return TrainResult(bundle=facts or load_facts(self.folder.bundle), step=step, figures=figures)
+            found = {checkpoint.step: checkpoint for checkpoint in find_checkpoints(self.folder.checkpoints)}
+            best = self.best if self.config.validation.choose == "best" else None
+            step = best.step if best and best.step in found else max(found)
+            save_bundle(self.network.weights(learned_of(found[step])), self.folder.bundle, overwrite=True)
+            made = [step, self.best.figures if self.best and self.best.step == step else {}]
+        broadcast_object_list(made)
+        result = TrainResult(bundle=load_facts(self.folder.bundle), step=made[0], figures=made[1])
+        self.emit(Finished(bundle=self.folder.bundle, step=result.step, figures=result.figures))
+        return result
 
     def close(self) -> None:
         if self.log is not None:
             self.log.close()
+        self.folder.close()
 
 
 def _accelerator(config: TrainConfig) -> Any:

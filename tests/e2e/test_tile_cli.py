@@ -61,7 +61,7 @@ def test_a_cohort_becomes_an_index_and_a_page_and_what_fails_is_told(study: Path
     assert 60 < pixels.mean() < 220
     page = (study / "i.html").read_text()
     assert page.count("<article>") == 4
-    assert "1 slides failed" in page
+    assert "for they failed: 1" in page
 
 
 def test_a_run_that_was_killed_goes_on(study: Path) -> None:

@@ -315,7 +315,7 @@ def test_normal_tissue_may_be_left_out(study: Path) -> None:
     result, events = build(study, replace(CONFIG, normal="drop"))
     assert result.slides == 1
     assert isinstance(events[0], Checked)
-    assert "1 slides of normal tissue are left out" in events[0].notices
+    assert "left out, for they are normal tissue: 1" in events[0].notices
 
 
 def test_another_stain_is_refused_unless_the_user_says_so(data_dir: Path, tmp_path: Path) -> None:

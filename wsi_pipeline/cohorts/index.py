@@ -71,7 +71,7 @@ def make_index(
     slides = [s for s in read.slides if config.normal == "keep" or not s.normal]
     notices = read.notices
     if len(slides) < len(read.slides):
-        notices += (f"{len(read.slides) - len(slides)} slides of normal tissue are left out",)
+        notices += (f"left out, for they are normal tissue: {len(read.slides) - len(slides)}",)
     about = _about(read, slides, config)
     _check_out(out, about, overwrite)
     folder = out.with_suffix(".parts")

@@ -111,7 +111,7 @@ def _failures(failed: Mapping[str, str]) -> str:
     if not failed:
         return ""
     items = "".join(f"<li>{escape(problem)}</li>" for problem in failed.values())
-    return f"<h2 class='bad'>{len(failed)} slides failed and are not in the index</h2><ul>{items}</ul>"
+    return f"<h2 class='bad'>Not in the index, for they failed: {len(failed)}</h2><ul>{items}</ul>"
 
 
 def _counts(findings: Sequence[Finding]) -> str:

@@ -14,8 +14,9 @@ all that belongs to its iteration is.
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,6 @@ from wsi_pipeline.models.layout import Direction
 from wsi_pipeline.models.pixels import from_uint8, to_uint8
 from wsi_pipeline.training.build import initial_weights, make_network, make_objective
 from wsi_pipeline.training.checkpoint import (
-    Checkpoint,
     State,
     checkpoint_bytes,
     damaged_checkpoints,
@@ -41,7 +41,7 @@ from wsi_pipeline.training.checkpoint import (
     save_checkpoint,
 )
 from wsi_pipeline.training.config import TrainConfig
-from wsi_pipeline.training.data import TrainBatch, batches
+from wsi_pipeline.training.data import TrainBatch, batches, tiles_mpp
 from wsi_pipeline.training.ema import swapped
 from wsi_pipeline.training.events import (
     Emit,
@@ -99,7 +99,7 @@ class _Run:
         self.is_main = bool(accelerator.is_main_process)
         self.emit = emit if self.is_main else ignore
         self.device = accelerator.device
-        weights = initial_weights(config.model, config.loop.seed)
+        weights = initial_weights(config.model, config.loop.seed, tiles_mpp(config.data))
         self.network = make_network(config, weights, self.device)
         self.objective = make_objective(config, self.network, self.device, config.loop.seed)
         self.validation = self._validation()
@@ -145,9 +145,11 @@ class _Run:
                 processes=self.accelerator.num_processes,
             )
         )
+        if self.validation is not None and self.validation.notice:
+            self.emit(Notice(message=self.validation.notice))
         if self.is_main:
             self.log = RunLog(self.folder.path, self.first, config.loop.tensorboard)
-            self.folder.show_best(self.best)
+            self._tidy()
         iteration = Iteration(
             objective=self.objective,
             optimisers=self.state.optimisers,
@@ -186,25 +188,22 @@ class _Run:
             if self.log is not None:
                 self.log.write(done, "train", logs)
         self.emit(Stepped(step=done, steps=loop.steps, logs=logs))
-        if "change_a" in logs:
-            is_quiet = logs["change_a"] < loop.collapse_change
-            self.quiet = self.quiet + done - self.taken if is_quiet else 0
-        if logs:
-            self.taken = done
+        alarm = self._alarm(done, logs)
         if done % loop.sample_every == 0 or last:
             self._show(done)
         if (validates and self._validate(done)) or saves:
             self._save(done)
         if saves:
             self.accelerator.wait_for_everyone()
-        if self.quiet >= loop.collapse_steps:
-            self._alarm(done, logs["change_a"])
+        if alarm:
+            self._collapsed(alarm)
 
     def _show(self, done: int) -> None:
         if self.validation is None:
             return
         path = self.folder.samples / f"step-{done:08d}.png"
-        save_grid(path, self.validation.pictures(self._translate, self.network.directions))
+        headings, rows = self.validation.pictures(self._translate, self.network.directions)
+        save_grid(path, headings, rows)
         self.emit(Saved(step=done, path=path))
 
     def _validate(self, done: int) -> bool:
@@ -213,7 +212,7 @@ class _Run:
             return False
         figures, metric = (
             self.validation.figures(self._translate, self.network.directions),
-            self.config.validation.metric,
+            self.validation.metric,
         )
         better = is_better(metric, figures, self.best.value if self.best else None)
         if better:
@@ -230,25 +229,37 @@ class _Run:
         if self.log is not None:
             self.log.flush()
         saved = save_checkpoint(self.folder.checkpoints, done, self.state, self.folder.fingerprint, notes)
-        self.folder.show_best(self.best)
-        prune(self.folder.checkpoints, self.config.loop.keep, self.best.step if self.best else None)
+        self._tidy()
         self.emit(Saved(step=done, path=saved.path))
 
-    def _alarm(self, done: int, change: float) -> None:
-        """The generator has learnt to return its input."""
+    def _tidy(self) -> None:
+        """What follows from a checkpoint; done again as a run goes on, as it may have been killed before."""
+        self.folder.show_best(self.best)
+        prune(self.folder.checkpoints, self.config.loop.keep, self.best.step if self.best else None)
+
+    def _alarm(self, done: int, logs: Mapping[str, float]) -> str:
+        """What is to be said of a generator that has learnt to return its input; empty where it has not."""
         loop = self.config.loop
-        said = (
-            f"iteration {done}: outputs have differed from inputs by {change:.4f} (of 2) on average, for "
-            f"{self.quiet} iterations: the generator returns its input"
+        if logs:
+            is_quiet = logs.get("change_a", math.inf) < loop.collapse_change
+            self.quiet = self.quiet + done - self.taken if is_quiet else 0
+            self.taken = done
+        if not self.quiet or self.quiet < loop.collapse_steps:
+            return ""
+        quiet, self.quiet = self.quiet, 0
+        return (
+            f"iteration {done}: outputs have differed from inputs by less than {loop.collapse_change:g} (of "
+            f"2) on average, for {quiet} iterations: the generator returns its input"
         )
-        stops = loop.on_collapse == "stop" or (loop.on_collapse == "auto" and loop.precision == "bf16")
-        if stops:
+
+    def _collapsed(self, said: str) -> None:
+        loop = self.config.loop
+        if loop.on_collapse == "stop" or (loop.on_collapse == "auto" and loop.precision == "bf16"):
             raise TrainingError(
                 f"{said}; train with loop.precision=float32, or a higher weight of the adversarial term "
                 "(loop.on_collapse=warn goes on)"
             )
         self.emit(Notice(message=said))
-        self.quiet = 0
 
     def _translate(self, pixels_BHWC: U8_BHWC, direction: Direction) -> U8_BHWC:
         """Tiles one by one, with averaged weights where there are some."""
@@ -296,9 +307,7 @@ class _Run:
     def _tell_damaged(self, first: int) -> None:
         for path in damaged_checkpoints(self.folder.checkpoints):
             if first == 0:
-                raise CheckpointError(
-                    f"{path}: is damaged, and no checkpoint before it is left; use --restart"
-                )
+                raise CheckpointError(f"{path}: is damaged, and there is none before it; use --restart")
             self.emit(Notice(message=f"{path}: is damaged; going on from iteration {first}"))
 
     def _check_disk(self) -> None:
@@ -340,12 +349,3 @@ def _accelerator(config: TrainConfig) -> Any:
     from accelerate import Accelerator
 
     return Accelerator(cpu=config.loop.device == "cpu" or not torch.cuda.is_available())
-
-
-def export_checkpoint(
-    config: TrainConfig, checkpoint: Checkpoint, out: Path, overwrite: bool = False
-) -> BundleFacts:
-    """The bundle of any checkpoint of a run."""
-    weights = initial_weights(config.model, config.loop.seed)
-    network = make_network(config, weights, torch.device("cpu"))
-    return save_bundle(network.weights(learned_of(checkpoint)), out, overwrite=overwrite)

@@ -5,6 +5,7 @@ A key that does not exist is reported by its path; a manifest's ``config`` is it
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -20,6 +21,12 @@ from wsi_pipeline.pipeline.settings import ConvertConfig
 __all__ = ["load_config", "load_settings", "to_yaml"]
 
 _Settings = TypeVar("_Settings")
+_LISTS = {
+    "ConvertConfig": "config",
+    "TrainConfig": "train --show-config",
+    "CohortConfig": "tile --show-config",
+    "EvaluateConfig": "evaluate --help",
+}
 
 
 def load_config(
@@ -49,7 +56,7 @@ def load_settings(
         _apply(values, override)
     where = f"{path}: " if path is not None else ""
     if unknown := list(_unknown(values, kind, "")):
-        lists = "config" if kind is ConvertConfig else "train --show-config"
+        lists = _LISTS.get(kind.__name__, "COMMAND --help")
         raise ConfigError(f"{where}{', '.join(unknown)}: no such setting; `wsi-pipeline {lists}` lists all")
     _texts(values, kind)
     try:
@@ -75,7 +82,7 @@ def _read(path: Path) -> dict[str, Any]:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
     if document is None:
         return {}
@@ -92,7 +99,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: write it as key.path=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"--set {override}: the value is not YAML") from error
     _assign(values, key.strip(), value)
 
@@ -129,4 +136,4 @@ def _texts(values: dict[str, Any], part: type) -> None:
 def _explain(error: Any) -> str:
     path = ".".join(str(part) for part in error["loc"])
     message = error["msg"].removeprefix("Value error, ")
-    return f"{path}: {message[:1].lower()}{message[1:]}, got {error['input']!r}"
+    return f"{path}: {message[:1].lower()}{message[1:]}, got {reprlib.repr(error['input'])}"

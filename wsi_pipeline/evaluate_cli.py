@@ -58,6 +58,9 @@ SetOpt = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Another setting, e.g. limit=2000, min_tissue=0.2."),
 ]
+MppOpt = Annotated[
+    float | None, typer.Option(help="µm per pixel of slides that state none, e.g. a JPEG that was converted.")
+]
 OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace existing outputs.")]
 LogOpt = Annotated[
     Literal["text", "json"], typer.Option(help="text, or json for one JSON object a line on stdout.")
@@ -81,6 +84,7 @@ def evaluate(
     save_stats: StatsOpt = None,
     split: SplitOpt = None,
     tile: TileOpt = None,
+    mpp: MppOpt = None,
     draws: DrawsOpt = None,
     seed: SeedOpt = None,
     device: DeviceOpt = None,
@@ -102,7 +106,7 @@ def evaluate(
         "model": model,
     }
     named |= {"trust_weights": trust_weights, "fid": fid, "kid": kid, "lpips_vgg": lpips_vgg, "dino": dino}
-    named |= {"split": split, "tile": tile, "draws": draws, "seed": seed, "device": device}
+    named |= {"split": split, "tile": tile, "mpp": mpp, "draws": draws, "seed": seed, "device": device}
     given = {key: value for key, value in named.items() if value is not None}
     config = load_settings(EvaluateConfig, None, settings or [], given)
     with Console(log_format) as console:

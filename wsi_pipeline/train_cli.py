@@ -57,7 +57,7 @@ class TrainConsole:
         import rich.progress
 
         self._json = log_format == "json"
-        self._stderr = rich.console.Console(stderr=True, highlight=False)
+        self._stderr = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(),

@@ -234,3 +234,12 @@ def test_used_counts_what_will_be_replaced(tmp_path: Path) -> None:
     (run.checkpoints / "step-00000010.safetensors").write_bytes(bytes(100))
     run.bundle.write_bytes(bytes(20))
     assert run.used == 120
+
+
+def test_a_refusal_names_the_settings_that_differ(tmp_path: Path) -> None:
+    opened(tmp_path / "run")
+    other = replace(CONFIG, optimiser=OptimiserConfig(learning_rate=1e-4))
+    with pytest.raises(FingerprintMismatchError, match=r"other settings \(optimiser\.learning_rate\)"):
+        folder(tmp_path / "run", other).check(False)
+    with pytest.raises(FingerprintMismatchError, match="other tiles, or other weights"):
+        folder(tmp_path / "run", digest="1").check(False)

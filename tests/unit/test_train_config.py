@@ -55,6 +55,11 @@ def test_published_values_are_the_defaults() -> None:
 
 
 WRONG = {
+    "optimiser.learning_rate=.inf": r"optimiser\.learning_rate: inf is not a number",
+    "optimiser.clip=.nan": r"optimiser\.clip: nan is not a number",
+    "objective.paired.l1=-1.0": r"objective\.paired\.l1: -1.0 is not a number of 0 or more",
+    "model.mpp=90.0": r"model\.mpp: 90.0 is no pixel size",
+    "loop.seed=2024-13-45": r"--set loop\.seed=2024-13-45: the value is not YAML",
     "loop.stepps=3": r"loop\.stepps: no such setting; `wsi-pipeline train --show-config` lists all",
     "objective.adversarial.backbone.kindd=tiny": r"objective\.adversarial\.backbone\.kindd: no such setting",
     "data.frozen.icee=1": r"data\.frozen\.icee: no such setting",

@@ -17,8 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from wsi_pipeline.cohorts.tiles import load_tiles
 from wsi_pipeline.core.frozen import FrozenModel
 from wsi_pipeline.errors import ConfigError, SlideError, WsiPipelineError
+from wsi_pipeline.training import data as data_module
 from wsi_pipeline.training.augment import SYMMETRIES, jitter_stain, turn
 from wsi_pipeline.training.data import DataConfig, TileSamples, TrainBatch, batches
 from wsi_pipeline.training.workers import load_in_processes
@@ -280,3 +282,30 @@ def test_density_without_change_changes_nothing(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(augment, "OFFSET", 0.0)
     ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
     np.testing.assert_array_equal(jitter_stain(ramp, np.random.default_rng(0)), ramp)
+
+
+def test_sides_take_their_domain_and_the_training_split_where_there_are_several(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("trainA", "trainB", "valA", "valB"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)).save(tmp_path / name / f"{name}.png")
+    both = config(tmp_path, source=str(tmp_path), target=str(tmp_path), augment="none")
+    source_HWC, target_HWC = TileSamples(both, seed=0).sample(0)
+    for pixels_HWC, name in ((source_HWC, "trainA"), (target_HWC, "trainB")):
+        np.testing.assert_array_equal(pixels_HWC, np.asarray(Image.open(tmp_path / name / f"{name}.png")))
+
+
+def test_pairs_on_lattices_of_other_pixel_sizes_are_refused(cohort: Path) -> None:
+    index = load_tiles(str(cohort / "pairs_b"), mpp=0.5)
+    slides = tuple(replace(slide, lattice=(0.46, 0.46)) for slide in index.slides)
+    with pytest.raises(ConfigError, match=r"tiling\.tolerance=0"):
+        data_module._pairs(load_tiles(str(cohort / "pairs_b"), mpp=0.5), replace(index, slides=slides))
+
+
+def test_the_pixel_size_of_both_sides_is_one(cohort: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert data_module.tiles_mpp(config(cohort, mpp=0.25)) == pytest.approx(0.25)
+    assert data_module.tiles_mpp(config(cohort)) is None
+    sizes = {str(cohort / "a"): 0.5, str(cohort / "b"): 0.25}
+    monkeypatch.setattr(data_module, "load_tiles", lambda path, mpp: load_tiles(path, mpp=sizes[path]))
+    with pytest.raises(ConfigError, match="0.5 µm per pixel and target tiles 0.25"):
+        data_module.tiles_mpp(config(cohort))

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from wsi_pipeline.errors import OutputError
-from wsi_pipeline.training.logs import GAP, RunLog, save_grid
+from wsi_pipeline.training.logs import GAP, HEADING, RunLog, save_grid
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -76,9 +76,11 @@ def test_tensorboard_goes_on_after_the_checkpoint(tmp_path: Path) -> None:
 
 def test_a_grid_shows_a_row_for_each_sample(tmp_path: Path) -> None:
     rows = [[np.full((6, 5, 3), 10 * r + c, np.uint8) for c in range(3)] for r in range(2)]
-    save_grid(tmp_path / "samples" / "grid.png", rows)
+    save_grid(tmp_path / "samples" / "grid.png", ["source", "output"], rows)
     grid = np.asarray(Image.open(tmp_path / "samples" / "grid.png"))
-    assert grid.shape == (12 + GAP, 15 + 2 * GAP, 3)
+    assert grid.shape == (HEADING + 12 + GAP, 15 + 2 * GAP, 3)
+    assert (grid[:HEADING] < 128).any()
+    grid = grid[HEADING:]
     for r in range(2):
         for c in range(3):
             y, x = r * (6 + GAP), c * (5 + GAP)

@@ -11,7 +11,6 @@ network is trained on the very pixels that it will be asked to translate.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi_pipeline.cohorts.cache import DiskCache
+from wsi_pipeline.cohorts.folders import walk
 from wsi_pipeline.cohorts.names import place_of
 from wsi_pipeline.cohorts.tcga import parse_barcode
 from wsi_pipeline.core.geometry import Mpp, Region
@@ -126,6 +126,11 @@ class TileIndex:
     def split_N(self) -> npt.NDArray[np.str_]:
         """Split of each row."""
         return self._each([slide.split for slide in self.slides])
+
+    @property
+    def has_splits(self) -> bool:
+        """Whether any tile belongs to one."""
+        return any(slide.split for slide in self.slides)
 
     def _each(self, values: Sequence[str]) -> npt.NDArray[np.str_]:
         return np.array(values, np.str_)[self.slide_N] if values else np.empty(0, np.str_)
@@ -304,19 +309,11 @@ def _pictures(folder: Path) -> list[str]:
     """Relative names of the pictures below a folder, sorted; hidden files and folders are passed over."""
     found: list[str] = []
     unread: set[str] = set()
-    seen: set[str] = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
-        if real in seen:  # a link that leads back
-            continue
-        seen.add(real)
+    for parts, _, files in walk(folder):
         for name in files:
             ending = Path(name).suffix.lower()
-            if name.startswith("."):
-                continue
             if ending in PICTURES:
-                found.append(Path(root, name).relative_to(folder).as_posix())
+                found.append("/".join((*parts, name)))
             elif ending in UNREAD:
                 unread.add(ending)
     if unread:

@@ -30,7 +30,8 @@ class EvaluateConfig:
 
     ``domain``, ``reference_domain``, ``source_domain``, ``split``: rows of a tile index (None: FF for inputs
     and FFPE for references where an index has both, every split). ``tile``: side in px of tiles cut from
-    slides; ``min_tissue``: share of such a tile that is tissue.
+    slides; ``min_tissue``: share of such a tile that is tissue; ``mpp``: µm per pixel of slides that state
+    none, such as a JPEG that was converted.
 
     ``batch``: tiles an extractor gets at once; ``workers``: threads that read and compare tiles;
     ``examples``, ``worst``: rows of pictures in the report.
@@ -57,6 +58,7 @@ class EvaluateConfig:
     source_domain: str | None = None
     split: str | None = None
     tile: int = 512
+    mpp: float | None = None
     min_tissue: float = 0.5
     batch: int = 16
     workers: int = min(4, os.cpu_count() or 1)

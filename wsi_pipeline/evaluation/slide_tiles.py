@@ -17,7 +17,7 @@ from wsi_pipeline.core.geometry import Mpp, Size
 from wsi_pipeline.core.mask import TissueMask
 from wsi_pipeline.core.protocols import LABEL_CELL, Slide
 from wsi_pipeline.core.tissue import TissueConfig
-from wsi_pipeline.errors import ConfigError, OutputError
+from wsi_pipeline.errors import ConfigError, MissingMppError, OutputError
 from wsi_pipeline.readers import open_slide
 from wsi_pipeline.readers.lattice import SlideView
 from wsi_pipeline.readers.masks import find_tissue
@@ -46,15 +46,22 @@ def slide_index(
     *,
     tile: int,
     mpp: Mpp | None,
+    stated: float | None,
     min_tissue: float,
     positions: npt.NDArray[np.int64] | None = None,
 ) -> TileIndex:
     """Tiles of ``tile`` px at ``mpp`` (None: the slide's own) of which ``min_tissue`` is tissue.
 
+    ``stated``: µm per pixel of a slide that states none.
     ``positions`` [N, 4] are taken in place of tissue: those of another slide of the same extent. Raises
     ConfigError where no tile is left, or the extents differ; SlideError where the slide cannot be read.
     """
-    slide = open_slide(path)
+    try:
+        slide, override = open_slide(path), None
+    except MissingMppError:
+        if stated is None:
+            raise
+        slide, override = open_slide(path, mpp=stated), (stated, stated)
     try:
         view = SlideView(slide, mpp)
         if positions is None:
@@ -65,7 +72,12 @@ def slide_index(
                 "the tiles of the other slide; name the slide that it was made from"
             )
         entry = IndexedSlide(
-            path=path, name=slide.slide_id, identity=slide.identity, lattice=view.mpp, pair=_PAIR
+            path=path,
+            name=slide.slide_id,
+            identity=slide.identity,
+            mpp=override,
+            lattice=view.mpp,
+            pair=_PAIR,
         )
     finally:
         slide.close()

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from wsi_pipeline.cohorts.names import place_of
 from wsi_pipeline.cohorts.tcga import parse_barcode
 from wsi_pipeline.cohorts.tiles import TileIndex, TileReader, load_tiles
 from wsi_pipeline.core.geometry import Mpp
@@ -30,6 +31,7 @@ __all__ = ["Role", "TileSet", "open_tiles", "pair_up"]
 Role = Literal["generated", "reference", "source"]
 
 _SAMPLED = 64  # files whose encoding is looked at
+_SAME_LATTICE = 1e-3  # relative difference of pixel sizes; positions drift by that share of the way
 _LOSSLESS = ("PNG", "TIFF", "OME-Zarr")
 _TRAILING_NUMBERS = re.compile(r"([^A-Za-z0-9]+\d+)+$")
 _DEFAULT_DOMAINS: dict[Role, str] = {"generated": "FF", "reference": "FFPE", "source": "FF"}
@@ -94,13 +96,13 @@ def open_tiles(path: str, role: Role, config: EvaluateConfig, like: TileSet | No
             path,
             tile=like.size[0] if like else config.tile,
             mpp=like.mpp if like else None,
+            stated=config.mpp,
             min_tissue=config.min_tissue,
             positions=same.index.region_N4 if same else None,
         )
     else:
         index = load_tiles(path)
-        has_splits = any(slide.split for slide in index.slides)
-        index = index.select(_domain(index, role, config), config.split if has_splits else None)
+        index = index.select(_domain(index, role, config), config.split if index.has_splits else None)
     if config.limit is not None and len(index) > config.limit and role != "source":
         kept = np.random.Generator(np.random.Philox(config.seed)).permutation(len(index))[: config.limit]
         index = index.rows(np.sort(kept))
@@ -124,10 +126,12 @@ def open_tiles(path: str, role: Role, config: EvaluateConfig, like: TileSet | No
 def pair_up(left: TileSet, right: TileSet) -> list[tuple[int, int]]:
     """Rows of two sides that belong together, in the order of ``left``.
 
-    By key; where no key fits, by file name alone, if names are unique. Raises ConfigError where nothing fits
-    or the sizes differ.
+    By key; where no key fits, by file name alone, if names are unique. Raises ConfigError where nothing fits,
+    several tiles fit, the sizes differ, or positions are those of different lattices.
     """
     pairs = _matched(left.keys, right.keys)
+    _check_single(left, {left.keys[row] for row, _ in pairs})
+    _check_single(right, {left.keys[row] for row, _ in pairs})
     if not pairs:
         alone = [[PurePosixPath(key).name for key in side.keys] for side in (left, right)]
         if all(len(set(names)) == len(names) for names in alone):
@@ -142,7 +146,39 @@ def pair_up(left: TileSet, right: TileSet) -> list[tuple[int, int]]:
             f"{right.origin}: tiles of {_px(right.size)}, those of {left.origin} have {_px(left.size)}; "
             "pairs need one size"
         )
+    _check_lattices(left.index, right.index, pairs)
     return pairs
+
+
+def _check_single(side: TileSet, matched: set[str]) -> None:
+    """One tile for each key that found a partner: of several, nobody knows which is meant."""
+    first: dict[str, int] = {}
+    for row, key in enumerate(side.keys):
+        if key in matched and first.setdefault(key, row) != row:
+            files = [side.index.slide(number).path for number in (first[key], row)]
+            raise ConfigError(
+                f"{side.origin}: {files[0]} and {files[1]} have one name ({key}), so it is open which is the "
+                "partner; keep one, or name the folder or domain of the right one"
+            )
+
+
+def _check_lattices(left: TileIndex, right: TileIndex, pairs: Sequence[tuple[int, int]]) -> None:
+    """Equal positions are equal tissue on equal lattices only; those of an index may differ by slide."""
+    ours, theirs = (
+        index.slide_N[np.array(rows, np.int64)]
+        for index, rows in zip((left, right), zip(*pairs, strict=True), strict=True)
+    )
+    _, first = np.unique(np.stack([ours, theirs]), axis=1, return_index=True)
+    for place in first.tolist():
+        a, b = left.slides[int(ours[place])], right.slides[int(theirs[place])]
+        if a.lattice is None or b.lattice is None:
+            continue
+        if max(abs(x / y - 1.0) for x, y in zip(a.lattice, b.lattice, strict=True)) > _SAME_LATTICE:
+            raise ConfigError(
+                f"{right.origin}: {b.name} has tiles of {b.lattice[1]:.4g} µm per pixel, {a.name} of "
+                f"{left.origin} of {a.lattice[1]:.4g}: equal positions are other tissue; make indices of pairs "
+                "with wsi-pipeline tile --set tiling.tolerance=0"
+            )
 
 
 def _matched(left: Sequence[str], right: Sequence[str]) -> list[tuple[int, int]]:
@@ -206,8 +242,8 @@ def _groups(index: TileIndex) -> tuple[tuple[str, ...], str]:
         return tuple(index.patient_N.tolist()), "patient column of the index"
     if any(slide.lattice is not None for slide in used):
         return tuple(names), "slide, as no patient is stated"
-    folders = [str(PurePosixPath(name).parent) for name in names]
-    if len(set(folders)) > 1:
+    folders = ["/".join(place_of(PurePosixPath(name).parts[:-1]).rest) for name in names]
+    if len(set(folders)) > 1:  # those of domains and splits are no patients
         return tuple(folders), "sub-folder"
     return tuple(_prefix(name) for name in names), "file name without trailing numbers"
 

@@ -138,7 +138,7 @@ def make_backbone(
     if (kind in ("timm", "open_clip")) != (model is not None):
         raise ConfigError(f"backbone.model: kind {kind} {'takes no' if model else 'needs a'} model name")
     if kind == "tiny" and weights is not None:
-        raise ConfigError("backbone.weights: kind tiny takes no weights; leave it out")
+        raise ConfigError("objective.adversarial.backbone.weights: kind tiny takes no weights; leave it out")
     side = input or (TINY_SIDE if kind == "tiny" else SIDE)
     tower = _TOWERS[kind](weights, model or "", side, level2)
     widths = (tower.width,) * 3

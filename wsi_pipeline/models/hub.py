@@ -87,7 +87,8 @@ def find_base(path_or_hub_id: str | Path) -> Path:
             return Path(part)
         raise CheckpointError(
             f"{hub_id}: is no folder here and not in the Hugging Face cache; "
-            f"get it with `wsi-pipeline models fetch {hub_id}`, or give a folder with --base"
+            f"get it with `wsi-pipeline models fetch {hub_id}`, or name a folder "
+            "with it (--base; of a training model.base)"
         ) from error
     except HFValidationError as error:
         raise CheckpointError(

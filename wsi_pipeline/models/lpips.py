@@ -39,7 +39,10 @@ _MEAN = (-0.030, -0.088, -0.188)
 _STD = (0.458, 0.448, 0.450)
 _EPSILON = 1e-10
 _HEADS = Path(__file__).with_name("lpips_vgg_v01.safetensors")
-_REMEDY = f"download {VGG16_URL} and name it as objective.lpips_vgg, or set objective.lpips=off"
+_REMEDY = (
+    f"download {VGG16_URL} and name it as objective.adversarial.lpips_vgg, or train without: "
+    "objective.adversarial.lpips=false"
+)
 
 
 class Lpips(nn.Module):

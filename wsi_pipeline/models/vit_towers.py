@@ -40,12 +40,13 @@ State: TypeAlias = Mapping[str, Tensor]
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+_KEY = "objective.adversarial.backbone.weights"
 CONCH_LICENCE = (
     "CC-BY-NC-ND 4.0: no commercial use; its terms count models trained on CONCH's outputs as derivatives"
 )
 _CONCH_REMEDY = (
     "ask for access at https://huggingface.co/MahmoodLab/CONCH, download pytorch_model.bin and name it as "
-    f"backbone.weights ({CONCH_LICENCE})"
+    f"{_KEY} ({CONCH_LICENCE})"
 )
 _CONCH_PREFIX = "visual.trunk."
 _PICKLE_KEYS = ("state_dict", "model")
@@ -97,7 +98,7 @@ def conch_tower(weights: Path | None, model: str, side: int, level2: Level2) -> 
 
 def timm_tower(weights: Path | None, model: str, side: int, level2: Level2) -> Tower:
     """A vision transformer of timm by its name, filled from the user's file (timm's names)."""
-    remedy = f"save timm's {model} with its weights and name the file as backbone.weights"
+    remedy = f"save timm's {model} with its weights and name the file as {_KEY}"
     trunk, state = _timm_trunk(model, side, _read_state(weights, f"weights of {model}", remedy))
     _fill(trunk, _without_rest(state), weights, model, remedy, _AFTER_TAPS)
     return _timm_parts(trunk, level2)
@@ -111,7 +112,7 @@ def open_clip_tower(weights: Path | None, model: str, side: int, level2: Level2)
     if model not in open_clip.list_models():
         raise ConfigError(f"backbone.model: open_clip has no {model!r}; see open_clip.list_models()")
     config = open_clip.get_model_config(model)
-    remedy = f"save the state of open_clip's {model} and name the file as backbone.weights"
+    remedy = f"save the state of open_clip's {model} and name the file as {_KEY}"
     state = _read_state(weights, f"weights of {model}", remedy)
     if any(name.startswith("visual.") for name in state):
         state = _under(state, "visual.")
@@ -191,7 +192,7 @@ def _timm_parts(trunk: Any, level2: Level2) -> Tower:
 def _read_state(path: Path | None, what: str, remedy: str) -> State:
     """Tensors of a safetensors file or of a pickled state, also one level deep; nothing in it is run."""
     if path is None:
-        raise CheckpointError(f"backbone.weights: {what} are missing, nothing is downloaded; {remedy}")
+        raise CheckpointError(f"{_KEY}: {what} are missing, nothing is downloaded; {remedy}")
     if not path.is_file():
         raise CheckpointError(f"{path}: is not there, {what} are missing; {remedy}")
     if path.suffix == ".safetensors":

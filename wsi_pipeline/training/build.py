@@ -28,15 +28,20 @@ from wsi_pipeline.training.paired import PairedObjective
 __all__ = ["initial_weights", "make_network", "make_objective"]
 
 LICENCE = (
-    "Trained with wsi-pipeline on {base}: the terms of that base, of the training images and of the networks "
-    "that judged it apply."
+    "Trained with wsi-pipeline on {base}; the terms of what it was trained on and with apply: base, training "
+    "images, networks that judged it."
 )
+MPP = 0.5  # where neither the settings nor the tiles state one
 
 
-def initial_weights(config: ModelConfig, seed: int) -> TurboWeights:
-    """The weights that training begins with. Raises ConfigError, CheckpointError."""
+def initial_weights(config: ModelConfig, seed: int, tiles_mpp: float | None = None) -> TurboWeights:
+    """The weights that training begins with; ``tiles_mpp``: µm per pixel of the tiles, where they state one.
+
+    Raises ConfigError, CheckpointError.
+    """
     if config.weights is not None:
         weights = load_bundle(config.weights)
+        weights = replace(weights, mpp=config.mpp or tiles_mpp or weights.mpp)
         lacking = {"a2b", *(["b2a"] if config.directions == "both" else [])} - set(weights.directions)
         if lacking:
             raise ConfigError(
@@ -44,11 +49,12 @@ def initial_weights(config: ModelConfig, seed: int) -> TurboWeights:
                 "and objective.kind=paired, or begin with other weights"
             )
         return weights if config.directions == "both" else _one_way(weights)
+    mpp = config.mpp or tiles_mpp or MPP
     captions: dict[Direction, str] = {"a2b": config.prompt_a2b}
     if config.directions == "both":
         captions["b2a"] = config.prompt_b2a
     if config.scratch is not None:
-        return _from_scratch(config, captions, seed)
+        return _from_scratch(config, captions, seed, mpp)
     name = config.base or SD_TURBO
     embedded = embed_prompts(find_base(name), list(captions.values()))
     return fresh_adapters(
@@ -58,7 +64,7 @@ def initial_weights(config: ModelConfig, seed: int) -> TurboWeights:
         rank_vae=config.rank_vae,
         multi_view=config.multi_view,
         seed=seed,
-        mpp=config.mpp,
+        mpp=mpp,
         tile=config.tile,
         licence=config.licence or LICENCE.format(base=name),
     )
@@ -73,7 +79,9 @@ def _one_way(weights: TurboWeights) -> TurboWeights:
     return replace(weights, layout=layout, tensors=tensors, prompts=prompts, digest=tensors_digest(tensors))
 
 
-def _from_scratch(config: ModelConfig, captions: Mapping[Direction, str], seed: int) -> TurboWeights:
+def _from_scratch(
+    config: ModelConfig, captions: Mapping[Direction, str], seed: int, mpp: float
+) -> TurboWeights:
     from wsi_pipeline.models.mini import MINI_UNET, MINI_VAE
 
     return from_scratch(
@@ -84,9 +92,9 @@ def _from_scratch(config: ModelConfig, captions: Mapping[Direction, str], seed: 
         rank_vae=config.rank_vae,
         multi_view=config.multi_view,
         seed=seed,
-        mpp=config.mpp,
+        mpp=mpp,
         tile=config.tile,
-        licence=config.licence or LICENCE.format(base="nothing else"),
+        licence=config.licence or LICENCE.format(base="no base, from nothing"),
     )
 
 

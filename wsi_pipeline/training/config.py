@@ -3,12 +3,15 @@ configures."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
 
 from wsi_pipeline.errors import ConfigError
 from wsi_pipeline.models.lora_turbo import SIZE_MULTIPLE
 from wsi_pipeline.models.trainable import Trainable
+from wsi_pipeline.readers.mpp import plausible
 from wsi_pipeline.training.adversarial import AdversarialConfig
 from wsi_pipeline.training.data import DataConfig
 from wsi_pipeline.training.paired import PairedConfig
@@ -25,8 +28,9 @@ class ModelConfig:
     a small network from nothing. ``directions``: ``both``, or ``a2b`` alone (paired training);
     ``multi_view``: encode tiles as 4x4 cells, too; ``trainable``: ``adapters`` or ``all``;
     ``train_local_lora``: also the adapters of the local encoders (the published program did not);
-    ``recompute``: gradient checkpointing; ``mpp``: µm per pixel and ``tile``: pixels, written into the
-    bundle; ``licence``: what users of the weights have to know.
+    ``recompute``: gradient checkpointing; ``mpp``: µm per pixel that the bundle states and `convert` then
+    works at (None: that of the tiles); ``tile``: side in px of the tiles that `convert` will make;
+    ``licence``: what users of the weights have to know.
     """
 
     weights: str | None = None
@@ -41,7 +45,7 @@ class ModelConfig:
     trainable: Trainable = "adapters"
     train_local_lora: bool = False
     recompute: bool = False
-    mpp: float = 0.5
+    mpp: float | None = None
     tile: int = 512
     licence: str = ""
 
@@ -143,8 +147,23 @@ class TrainConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
+        for name, value in _numbers(self):
+            if not math.isfinite(value) or value < 0:
+                raise ConfigError(f"{name}: {value} is not a number of 0 or more")
+        if self.model.mpp is not None and not plausible((self.model.mpp, self.model.mpp)):
+            raise ConfigError(f"model.mpp: {self.model.mpp} is no pixel size in µm; give 0.02 to 20")
         if self.data.crop % SIZE_MULTIPLE:
             raise ConfigError(
                 f"data.crop: {self.data.crop} px is not a multiple of {SIZE_MULTIPLE}; give "
                 f"{max(1, self.data.crop // SIZE_MULTIPLE) * SIZE_MULTIPLE}"
             )
+
+
+def _numbers(part: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Dotted names and values of all floats, but those of the artefact model, whose ranges it checks."""
+    for item in fields(part):
+        value, name = getattr(part, item.name), f"{prefix}{item.name}"
+        if is_dataclass(value) and item.name != "frozen":
+            yield from _numbers(value, f"{name}.")
+        elif isinstance(value, float):
+            yield name, value

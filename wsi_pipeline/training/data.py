@@ -25,7 +25,7 @@ from wsi_pipeline.core.sampling import WindowedOrder, sample_rng, stream_key
 from wsi_pipeline.errors import ConfigError
 from wsi_pipeline.training.augment import SYMMETRIES, jitter_stain, turn
 
-__all__ = ["DataConfig", "TileSamples", "TrainBatch", "batches"]
+__all__ = ["DataConfig", "TileSamples", "TrainBatch", "batches", "tiles_mpp"]
 
 Pairing: TypeAlias = Literal["unpaired", "aligned", "simulated"]
 Augment: TypeAlias = Literal["none", "d4", "d4+colour"]
@@ -36,7 +36,8 @@ class DataConfig:
     """Where the tiles come from and what is made of them.
 
     ``source``, ``target``: a tile index or a folder of pictures each, of which ``source_domain`` /
-    ``target_domain`` and ``split`` take a part (None: all); ``pairing``: ``unpaired`` draws the two sides
+    ``target_domain`` and ``split`` take a part (None: FF and FFPE where there are both; a split counts where
+    the tiles have splits); ``pairing``: ``unpaired`` draws the two sides
     independently, ``aligned`` takes tiles of the same name (folders) or pair and region (indices),
     ``simulated`` makes both from the target (``source`` is not read) by the model of frozen artefacts
     ``frozen`` (large ice holes stay in the target: nobody knows what was there); ``crop``: side in pixels, at
@@ -52,7 +53,7 @@ class DataConfig:
     target: str = ""
     source_domain: str | None = None
     target_domain: str | None = None
-    split: str | None = None
+    split: str | None = "train"
     pairing: Pairing = "unpaired"
     crop: int = 512
     augment: Augment = "d4"
@@ -166,7 +167,10 @@ class TileSamples:
 def _side(config: DataConfig, name: str, path: str, domain: str | None) -> TileIndex:
     if not path:
         raise ConfigError(f"data.{name}: name a tile index or a folder of pictures")
-    tiles = load_tiles(path, mpp=config.mpp).select(domain, config.split)
+    tiles = load_tiles(path, mpp=config.mpp)
+    if domain is None and len({slide.domain for slide in tiles.slides}) > 1:
+        domain = "FF" if name == "source" else "FFPE"
+    tiles = tiles.select(domain, config.split if tiles.has_splits else None)
     if not len(tiles):
         raise ConfigError(f"data.{name}: {path} holds no tile; look at the filters of the index")
     small_N = (tiles.region_N4[:, 2:] < config.crop).any(axis=1)
@@ -197,6 +201,12 @@ def _pairs(source: TileIndex, target: TileIndex) -> npt.NDArray[np.int64]:
         partner = partners.get(place)
         if partner is None:
             continue
+        lattices = [tiles.mpp_of(at) for tiles, at in ((source, row), (target, partner))]
+        if None not in lattices and not np.allclose(*lattices, rtol=1e-3):
+            raise ConfigError(
+                f"{source.slide(row).path} and {target.slide(partner).path} are a pair but have lattices of "
+                f"{lattices[0]} and {lattices[1]} µm; make the index with --set tiling.tolerance=0"
+            )
         if source.region(row).size != target.region(partner).size:
             raise ConfigError(
                 f"{source.slide(row).path} and {target.slide(partner).path} are a pair but differ in size; "
@@ -222,6 +232,25 @@ def _by_place(tiles: TileIndex) -> dict[tuple[str, int, int], int]:
                 "names of pairs are unique on each side"
             )
     return places
+
+
+def tiles_mpp(config: DataConfig) -> float | None:
+    """µm per pixel of the tiles, None where they state none.
+
+    Raises ConfigError where the two sides differ by more than a tenth: the generator would learn to enlarge.
+    """
+    named = {"target": config.target, "source": "" if config.pairing == "simulated" else config.source}
+    found = {}
+    for name, path in named.items():
+        mpp = load_tiles(path, mpp=config.mpp).mpp if path else None
+        if mpp is not None:
+            found[name] = float(np.sqrt(mpp[0] * mpp[1]))
+    if len(found) == 2 and max(found.values()) > 1.1 * min(found.values()):
+        raise ConfigError(
+            f"data: source tiles have {found['source']:.4g} µm per pixel and target tiles "
+            f"{found['target']:.4g}; make both indices with one --mpp"
+        )
+    return found.get("target", found.get("source"))
 
 
 def batches(

@@ -89,7 +89,8 @@ class RunFolder:
         self.bundle = path / "generator.safetensors"
         self._lock: TextIO | None = None
         self._settings = asdict(config)
-        self.fingerprint = _fingerprint(self._settings, digest, processes)
+        self._deciding = _deciding(self._settings, processes)
+        self.fingerprint = _fingerprint(self._deciding, digest)
 
     def check(self, restart: bool) -> None:
         """Whether a run may write here; changes nothing.
@@ -128,7 +129,10 @@ class RunFolder:
         if restart and (self.path / _RECORD).exists():
             for name in _OURS:
                 _remove(self.path / name)
-        self._write(self.path / _RECORD, {"fingerprint": self.fingerprint, "version": __version__})
+        self._write(
+            self.path / _RECORD,
+            {"fingerprint": self.fingerprint, "version": __version__, "deciding": self._deciding},
+        )
         self.checkpoints.mkdir(exist_ok=True)
         for partial in self.checkpoints.glob("*.partial"):
             partial.unlink()  # of a run that was killed as it wrote
@@ -156,13 +160,16 @@ class RunFolder:
 
     def _check(self, record: Path) -> None:
         try:
-            found = json.loads(record.read_text(encoding="utf-8"))["fingerprint"]
-        except (ValueError, KeyError, TypeError) as error:
+            made = json.loads(record.read_text(encoding="utf-8"))
+            found, theirs = made["fingerprint"], made.get("deciding", {})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{record}: is damaged ({error!r}); start again with --restart") from error
         if found != self.fingerprint:
+            other = ", ".join(sorted(_differing(theirs, json.loads(json.dumps(self._deciding, default=str)))))
+            what = f"other settings ({other})" if other else "other tiles, or other weights to begin with"
             raise FingerprintMismatchError(
-                f"{self.path}: belongs to a run with other settings (see its train.yaml); train into another "
-                "folder, or throw it away with --restart",
+                f"{self.path}: belongs to a run with {what}; train into another folder, or throw it away "
+                "with --restart",
                 path=self.path,
             )
 
@@ -197,7 +204,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _fingerprint(settings: dict[str, Any], digest: str, processes: int) -> str:
+def _deciding(settings: dict[str, Any], processes: int) -> dict[str, Any]:
+    """The settings that decide weights."""
     deciding = {
         part: {key: value for key, value in values.items() if key not in _FREE.get(part, ())}
         for part, values in settings.items()
@@ -210,8 +218,21 @@ def _fingerprint(settings: dict[str, Any], digest: str, processes: int) -> str:
     deciding["loop"]["samples"] = settings["loop"]["batch"] * settings["loop"]["accumulate"] * processes
     if settings["optimiser"]["schedule"] == "constant":
         del deciding["loop"]["steps"]  # a longer run is the same run, gone on with
+    return deciding
+
+
+def _fingerprint(deciding: dict[str, Any], digest: str) -> str:
     text = json.dumps([deciding, digest], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _differing(a: Any, b: Any, name: str = "") -> Iterator[str]:
+    """Dotted names of settings that two runs do not share."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in a.keys() | b.keys():
+            yield from _differing(a.get(key), b.get(key), f"{name}.{key}".lstrip("."))
+    elif a != b:
+        yield name
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from wsi_pipeline.core.protocols import U8_HWC
 from wsi_pipeline.training.folder import writing
@@ -23,6 +23,7 @@ from wsi_pipeline.training.folder import writing
 __all__ = ["RunLog", "save_grid"]
 
 GAP = 8
+HEADING = 18
 
 
 class RunLog:
@@ -77,20 +78,23 @@ def _board(folder: Path, step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 
-def save_grid(path: Path, rows: Sequence[Sequence[U8_HWC]]) -> None:
-    """A PNG with one row for each sample (source, output, target, ...), all of one size, on white.
+def save_grid(path: Path, headings: Sequence[str], rows: Sequence[Sequence[U8_HWC]]) -> None:
+    """A PNG with one row for each sample, all pictures of one size, on white, a heading over each column.
 
     Raises OutputError where it cannot be written.
     """
     height, width = rows[0][0].shape[:2]
     columns = len(rows[0])
     canvas: npt.NDArray[np.uint8] = np.full(
-        (len(rows) * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, np.uint8
+        (HEADING + len(rows) * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, np.uint8
     )
     for r, row in enumerate(rows):
         for c, picture_HWC in enumerate(row):
-            y, x = r * (height + GAP), c * (width + GAP)
+            y, x = HEADING + r * (height + GAP), c * (width + GAP)
             canvas[y : y + height, x : x + width] = picture_HWC
+    picture = Image.fromarray(canvas)
+    for c, heading in enumerate(headings):
+        ImageDraw.Draw(picture).text((c * (width + GAP), 2), heading, fill=0)
     with writing(path):
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(canvas).save(path)
+        picture.save(path)

@@ -41,7 +41,7 @@ from wsi_pipeline.training.checkpoint import (
     save_checkpoint,
 )
 from wsi_pipeline.training.config import TrainConfig
-from wsi_pipeline.training.data import TrainBatch, batches, tiles_mpp
+from wsi_pipeline.training.data import TileSamples, TrainBatch, batches, tiles_mpp
 from wsi_pipeline.training.ema import swapped
 from wsi_pipeline.training.events import (
     Emit,
@@ -111,7 +111,9 @@ class _Run:
             optimisers=make_optimisers(self.objective, config.optimiser),
             ema=averaged,
         )
-        self.folder = RunFolder(out, config, weights.digest, accelerator.num_processes)
+        self.folder = RunFolder(
+            out, config, f"{weights.digest}/{TileSamples(config.data, 0).digest}", accelerator.num_processes
+        )
         self.log: RunLog | None = None
         self.best: Best | None = None
         self.quiet = 0  # iterations for which outputs have been like inputs

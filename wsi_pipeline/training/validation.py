@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from wsi_pipeline.cohorts.tiles import load_tiles
 from wsi_pipeline.core.fid import frechet_distance, statistics
 from wsi_pipeline.core.protocols import U8_BHWC, U8_HWC
 from wsi_pipeline.core.structure import compare_structure, psnr
@@ -24,7 +25,7 @@ from wsi_pipeline.training.data import DataConfig, TileSamples
 
 __all__ = ["SMALLER_IS_BETTER", "Validation", "ValidationConfig", "is_better"]
 
-Metric = Literal["fid", "structure", "psnr"]
+Metric = Literal["auto", "fid", "structure", "psnr"]
 Translate = Callable[[U8_BHWC, Direction], U8_BHWC]
 """Tiles and direction -> translated tiles."""
 
@@ -34,11 +35,12 @@ SEED = 0  # of the choice of tiles; never the run's, so that figures of several 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationConfig:
-    """``every``: iterations (0: never); ``tiles``: of each side; ``split``: of the index, or ``source`` and
-    ``target`` name others; ``extractor``: ``tiny``, or ``inception``, ``timm``, ``open_clip`` with
-    ``weights`` and ``model`` as in `wsi-pipeline evaluate`; ``metric``: what the best checkpoint is best by
-    (``fid``, ``structure``, or ``psnr`` for pairs), of the direction a2b; ``choose``: whether the bundle has
-    the best or the last weights; ``shown``: samples in pictures."""
+    """``every``: iterations (0: never); ``tiles``: of each side; ``split``: of the tiles, where they have
+    splits, or ``source`` and ``target`` name others; ``extractor``: ``tiny``, or ``inception``, ``timm``,
+    ``open_clip`` with ``weights`` and ``model`` as in `wsi-pipeline evaluate`; ``metric``: what the best
+    checkpoint is best by (``fid``, ``structure``, ``psnr``; ``auto``: psnr for pairs, else fid), of the
+    direction a2b; ``choose``: whether the bundle has the best or the last weights; ``shown``: samples in
+    pictures."""
 
     every: int = 1000
     tiles: int = 64
@@ -48,7 +50,7 @@ class ValidationConfig:
     extractor: str = "tiny"
     weights: str | None = None
     model: str | None = None
-    metric: Metric = "fid"
+    metric: Metric = "auto"
     choose: Literal["best", "last"] = "best"
     shown: int = 4
 
@@ -58,7 +60,10 @@ class ValidationConfig:
 
 
 class Validation:
-    """Tiles to judge by, read once, and the figures of a network on them."""
+    """Tiles to judge by, read once, and the figures of a network on them.
+
+    ``metric``: what is best by; ``notice``: what the user should know about the choice of tiles, or "".
+    """
 
     def __init__(self, config: ValidationConfig, data: DataConfig, extractor: FeatureExtractor) -> None:
         chosen = replace(
@@ -71,6 +76,16 @@ class Validation:
         )
         if config.metric == "psnr" and data.pairing == "unpaired":
             raise ConfigError("validation.metric: psnr needs pairs (data.pairing aligned or simulated)")
+        best_by = "fid" if data.pairing == "unpaired" else "psnr"
+        self.metric = best_by if config.metric == "auto" else config.metric
+        has_splits = any(load_tiles(path).has_splits for path in (chosen.source, chosen.target) if path)
+        self.notice = ""
+        same = (config.source or data.source, config.target or data.target) == (data.source, data.target)
+        if same and (not has_splits or config.split in (None, data.split)):
+            self.notice = (
+                "no tile is held out: validation looks at tiles that are trained on; name others as "
+                "validation.source and validation.target, or give the cohort splits"
+            )
         samples = TileSamples(chosen, SEED)
         pairs = [samples.sample(number) for number in range(config.tiles)]
         self.source_BHWC = np.stack([source for source, _ in pairs])
@@ -102,14 +117,18 @@ class Validation:
                 )
         return found
 
-    def pictures(self, translate: Translate, directions: tuple[Direction, ...]) -> list[list[U8_HWC]]:
-        """Rows source, a2b of it, target, b2a of it."""
+    def pictures(
+        self, translate: Translate, directions: tuple[Direction, ...]
+    ) -> tuple[list[str], list[list[U8_HWC]]]:
+        """Headings, and rows of pictures under them: source, its translation, target, and its."""
         count = min(self._config.shown, len(self.source_BHWC))
         columns = [self.source_BHWC[:count], translate(self.source_BHWC[:count], "a2b")]
         columns.append(self.target_BHWC[:count])
+        headings = ["source (A)", "A to B", "target (B)"]
         if "b2a" in directions:
+            headings.append("B to A")
             columns.append(translate(self.target_BHWC[:count], "b2a"))
-        return [list(row) for row in zip(*columns, strict=True)]
+        return headings, [list(row) for row in zip(*columns, strict=True)]
 
 
 def is_better(metric: str, figures: Mapping[str, float], best: float | None) -> bool:

@@ -152,6 +152,7 @@ def test_a_barcode_fills_in_what_the_table_leaves_out(study: Path) -> None:
         (["slide,domain", "a,FF,train"], "line 2: has more cells than the first line"),
         (["slide,domain"], "names no slide"),
         ([""], "has no column slide"),
+        (["slide,domain,mpp,MPP ", "slides/s0.png,FF,0.25,"], "column 'mpp' is there 2 times; keep one"),
     ],
 )
 def test_a_table_that_is_none_is_refused(study: Path, lines: list[str], message: str) -> None:
@@ -164,6 +165,46 @@ def test_files_that_are_no_table_are_refused(study: Path) -> None:
     assert "not a UTF-8 text" in problems(study / "text.csv")
     (study / "no.parquet").write_bytes(b"PAR1")
     assert "no Parquet file" in problems(study / "no.parquet")
+
+
+def test_a_parquet_table_with_a_doubled_or_damaged_column_is_refused_as_such(study: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = [pyarrow.array(["slides/s0.png"] * 400), *[pyarrow.array(["a"] * 400)] * 2]
+    doubled = pyarrow.Table.from_arrays(columns, ["slide", "patient", "Patient"])
+    for names in (["slide", "patient", "Patient"], ["slide", "patient", "patient"]):
+        pyarrow.parquet.write_table(doubled.rename_columns(names), study / "two.parquet")
+        assert "column 'patient' is there 2 times; keep one" in problems(study / "two.parquet")
+    content = bytearray((study / "two.parquet").read_bytes())
+    content[20:60] = b"\xff" * 40
+    (study / "bad.parquet").write_bytes(content)
+    problems(study / "bad.parquet")
+
+
+def test_columns_without_a_name_may_be_several(study: Path) -> None:
+    cohort = read_cohort(table(study, "slide,domain,mpp,,", "slides/s0.png,FF,0.5,,"))
+    assert [slide.name for slide in cohort.slides] == ["s0.png"]
+
+
+def test_another_spelling_is_no_other_patient(study: Path) -> None:
+    rows = ["slides/s0.png,FF,p1,train,0.5", "slides/s1.png,FFPE,P1 ,val,0.5"]
+    text = problems(table(study, "slide,domain,patient,split,mpp", *rows))
+    assert "patient p1 or P1 is in several splits: train (line 2, FF), val (line 3, FFPE)" in text
+    for number in range(40):
+        one, other = (draw_split(name, SplitConfig()) for name in (f"case {number}", f" CASE {number}"))
+        assert one == other
+
+
+def test_a_link_that_leads_back_ends_the_walk(study: Path) -> None:
+    root = study / "loop" / "FF"
+    root.mkdir(parents=True)
+    for seed, name in enumerate(["b.tif", "a.tif"]):
+        pixels = np.full((32, 32, 3), seed, np.uint8)
+        tifffile.imwrite(root / name, pixels, resolution=(20000, 20000), resolutionunit="CENTIMETER")
+    (root / "again").symlink_to("..")
+    found = read_cohort(study / "loop").slides
+    assert [slide.path for slide in found] == [str(root / "a.tif"), str(root / "b.tif")]
 
 
 def slides_of(cohort: Cohort) -> list[tuple[str, str, str]]:

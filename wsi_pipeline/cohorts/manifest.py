@@ -23,9 +23,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from wsi_pipeline.cohorts.folders import walk
 from wsi_pipeline.cohorts.names import DOMAINS, SPLIT_NAMES, place_of
 from wsi_pipeline.cohorts.parquet import import_parquet
-from wsi_pipeline.cohorts.splits import SPLITS, SplitConfig, draw_split
+from wsi_pipeline.cohorts.splits import SPLITS, SplitConfig, draw_split, one_spelling
 from wsi_pipeline.cohorts.tcga import parse_barcode
 from wsi_pipeline.core.geometry import Mpp
 from wsi_pipeline.errors import ConfigError, MissingMppError, WsiPipelineError
@@ -110,7 +111,7 @@ def _complete(origin: Path, slides: list[CohortSlide], config: SplitConfig) -> C
         slides = [replace(slide, split=draw_split(slide.patient, config)) for slide in slides]
         patients = defaultdict(set)
         for slide in slides:
-            patients[slide.split].add(slide.patient)
+            patients[slide.split].add(one_spelling(slide.patient))
         counts = ", ".join(f"{name} {len(patients[name])}" for name in SPLITS)
         notices.append(f"no split given: patients were drawn with seed {config.seed} ({counts})")
         for name in SPLITS:
@@ -151,6 +152,7 @@ def _csv(path: Path) -> tuple[list[str], list[Row]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     columns = [name.strip().lower() for name in reader.fieldnames or ()]
     reader.fieldnames = columns
+    _check_doubled(path, columns)
     rows: list[Row] = []
     try:
         for cells in reader:
@@ -170,13 +172,23 @@ def _csv(path: Path) -> tuple[list[str], list[Row]]:
 def _parquet(path: Path) -> tuple[list[str], list[Row]]:
     pyarrow, parquet = import_parquet()
     try:
-        table = parquet.read_table(path)
-    except pyarrow.ArrowException as error:
-        raise ConfigError(f"{path}: is no Parquet file ({str(error).splitlines()[0]})") from error
+        columns = [name.strip().lower() for name in parquet.read_schema(path).names]
+        _check_doubled(path, columns)  # pyarrow refuses to read them, in words about its own schemas
+        found = parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is no Parquet file ({str(error).partition(chr(10))[0]})") from error
     rows: list[Row] = []
-    for number, cells in enumerate(table.to_pylist(), start=1):
-        rows.append((f"row {number}", {name.lower(): _text(value) for name, value in cells.items()}))
-    return [name.lower() for name in table.column_names], rows
+    for number, cells in enumerate(found, start=1):
+        values = zip(columns, cells.values(), strict=True)
+        rows.append((f"row {number}", {name: _text(value) for name, value in values}))
+    return columns, rows
+
+
+def _check_doubled(path: Path, columns: Sequence[str]) -> None:
+    """One column of a name, whatever its case; spreadsheets leave columns without a name at the end."""
+    for name in columns:
+        if name and columns.count(name) > 1:
+            raise ConfigError(f"{path}: column {name!r} is there {columns.count(name)} times; keep one")
 
 
 def _text(value: object) -> str:
@@ -189,16 +201,14 @@ def _folder_rows(folder: Path) -> list[Row]:
     """Every slide below a folder, sorted; the folders between state domain and split."""
     rows: list[Row] = []
     tiles = 0
-    for root, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
+    for parts, folders, files in walk(folder):
         stores = [name for name in folders if name.endswith(".zarr")]
-        folders[:] = [name for name in folders if name not in stores and not name.startswith(".")]
-        parts = Path(root).relative_to(folder).parts
+        folders[:] = [name for name in folders if name not in stores]
         place = place_of(parts)
         for name in sorted(files + stores):
             ending = Path(name).suffix.lower()
             tiles += ending in TILES
-            if ending in SLIDES and not name.startswith("."):
+            if ending in SLIDES:
                 cells = {"slide": "/".join((*parts, name)), "domain": place.domain, "split": place.split}
                 rows.append((cells["slide"], cells))
     if tiles and not rows:
@@ -306,9 +316,10 @@ def _leaks(slides: Iterable[tuple[str, CohortSlide]]) -> Iterator[str]:
     by_patient: dict[str, list[tuple[str, CohortSlide]]] = defaultdict(list)
     for where, slide in slides:
         if slide.patient:
-            by_patient[slide.patient].append((where, slide))
-    for patient, rows in by_patient.items():
+            by_patient[one_spelling(slide.patient)].append((where, slide))
+    for rows in by_patient.values():
         if len({slide.split for _, slide in rows}) > 1:
+            patient = " or ".join(dict.fromkeys(slide.patient for _, slide in rows))
             told = ", ".join(f"{slide.split} ({where}, {slide.domain or '?'})" for where, slide in rows)
             yield f"patient {patient} is in several splits: {told}; a patient belongs to one, in both domains"
 

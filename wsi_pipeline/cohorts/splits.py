@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 
 from wsi_pipeline.errors import ConfigError
 
-__all__ = ["SPLITS", "Split", "SplitConfig", "draw_split"]
+__all__ = ["SPLITS", "Split", "SplitConfig", "draw_split", "one_spelling"]
 
 Split: TypeAlias = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -36,9 +36,14 @@ class SplitConfig:
             raise ConfigError(f"split: shares {shares} of train, val and test; give numbers that sum to 1")
 
 
+def one_spelling(patient: str) -> str:
+    """What all spellings of a patient have in common: ``p1`` and ``P1`` of two laboratories are one."""
+    return patient.strip().upper()
+
+
 def draw_split(patient: str, config: SplitConfig) -> Split:
-    """The split of a patient."""
-    digest = hashlib.sha256(f"{config.seed}/{patient}".encode()).digest()
+    """The split of a patient, however spelled."""
+    digest = hashlib.sha256(f"{config.seed}/{one_spelling(patient)}".encode()).digest()
     place = int.from_bytes(digest[:8], "big") / 2.0**64
     if place < config.train:
         return "train"

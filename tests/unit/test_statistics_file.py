@@ -96,6 +96,37 @@ def test_what_is_no_statistics_file_is_refused_in_a_line(tmp_path: Path) -> None
     refused("single.npz", "single array")
 
 
+def test_a_damaged_or_locked_archive_is_refused_in_a_line(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "good.npz", mu=FEATURES.mean(axis=0), sigma=np.cov(FEATURES, rowvar=False))
+    good = (tmp_path / "good.npz").read_bytes()
+    start, entry = good.index(b"PK\x03\x04"), good.index(b"PK\x01\x02")
+    deflated = bytearray(good)
+    deflated[60:90] = b"\xff" * 30
+    locked, unknown = bytearray(good), bytearray(good)
+    locked[start + 6] |= 1
+    locked[entry + 8] |= 1
+    unknown[start + 8] = unknown[entry + 10] = 99
+    for name, content in (("deflated", deflated), ("locked", locked), ("unknown", unknown)):
+        (tmp_path / f"{name}.npz").write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"{name}\.npz: is no statistics file") as caught:
+            read_statistics(tmp_path / f"{name}.npz")
+        assert "\n" not in str(caught.value)
+
+
+def test_numbers_that_are_no_statistics_are_refused(tmp_path: Path) -> None:
+    mu, sigma = FEATURES.mean(axis=0), np.cov(FEATURES, rowvar=False)
+    np.savez(tmp_path / "negative.npz", mu=mu, sigma=-sigma, features=FEATURES)
+    with pytest.raises(ConfigError, match=r"negative\.npz: sigma is no covariance"):
+        read_statistics(tmp_path / "negative.npz")
+    np.savez(tmp_path / "other.npz", mu=mu, sigma=sigma, features=FEATURES[:, ::-1])
+    with pytest.raises(ConfigError, match=r"other\.npz: mu is not the mean of the features"):
+        read_statistics(tmp_path / "other.npz")
+    few = FEATURES[:3]  # rank 2 of 6, stored in float32: rounding alone makes eigenvalues negative
+    sigma = np.cov(few, rowvar=False).astype(np.float32)
+    np.savez(tmp_path / "few.npz", mu=few.mean(axis=0), sigma=sigma, features=few)
+    assert read_statistics(tmp_path / "few.npz").statistics.n == 3
+
+
 def test_pickled_objects_are_never_loaded(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[object, ...]:

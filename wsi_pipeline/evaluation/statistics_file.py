@@ -14,6 +14,7 @@ and nothing pickled is read.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,14 @@ from wsi_pipeline.errors import ConfigError, OutputError
 __all__ = ["StoredStatistics", "read_statistics", "write_statistics"]
 
 _KID_ENDING = "_kid"
+_NO_ARCHIVE = (zipfile.BadZipFile, zlib.error, RuntimeError)
+"""Of zipfile: no archive, damaged, encrypted or compressed in a way that it does not know."""
 _FACTS = ("extractor", "digest", "resize", "encoding")
 _MAX_DIMS = 1 << 16
+_NEGATIVE = 1e-6
+"""Eigenvalues of a covariance below 0 by less than this share of the largest are rounding."""
+_DRIFT = 1e-3
+"""What float32 sums of many features may be off, as a share of a feature's size and spread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -109,7 +116,7 @@ def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
                 return {name: loaded[name] for name in loaded.files}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
-    except (ValueError, zipfile.BadZipFile, EOFError, KeyError, MemoryError) as error:
+    except (ValueError, EOFError, KeyError, MemoryError, *_NO_ARCHIVE) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
             f"{path}: is no statistics file ({reason}); make it again with --save-stats"
@@ -136,6 +143,20 @@ def _check_shapes(path: Path, found: Statistics) -> None:
     features_fit = found.features is None or (found.features.shape[1] == dims and len(found.features) > 1)
     if found.sigma.shape != (dims, dims) or not features_fit:
         raise ConfigError(f"{path}: mu, sigma and features do not belong together; make the file again")
+    values = np.linalg.eigvalsh((found.sigma + found.sigma.T) / 2.0)
+    if values[0] < -_NEGATIVE * np.abs(values).max():
+        raise ConfigError(
+            f"{path}: sigma is no covariance (an eigenvalue of {values[0]:.3g}); make the file again with "
+            "--save-stats"
+        )
+    if found.features is not None:
+        mean = found.features.mean(axis=0, dtype=np.float64)
+        spread = found.features.std(axis=0, dtype=np.float64)
+        if (np.abs(found.mu - mean) > _DRIFT * (np.abs(mean) + spread)).any():
+            raise ConfigError(
+                f"{path}: mu is not the mean of the features that go with it; make the file again with "
+                "--save-stats"
+            )
 
 
 def _groups(arrays: dict[str, npt.NDArray[Any]], features: npt.NDArray[Any] | None) -> tuple[str, ...] | None:

@@ -19,7 +19,7 @@ import tifffile
 from wsi_pipeline.cohorts import index as index_module
 from wsi_pipeline.cohorts.events import Checked, CohortEvent, SlideFailed, SlideTiled
 from wsi_pipeline.cohorts.index import make_index
-from wsi_pipeline.cohorts.index_file import REASONS, judge
+from wsi_pipeline.cohorts.index_file import INDEX_KEY, REASONS, judge
 from wsi_pipeline.cohorts.qc_page import KINDS
 from wsi_pipeline.cohorts.settings import CohortConfig, FilterConfig, LatticeConfig
 from wsi_pipeline.cohorts.tiles import TileReader, load_tiles
@@ -297,6 +297,52 @@ def test_what_is_no_index_of_ours_is_never_replaced_and_never_read(study: Path) 
         load_tiles(study / "text.csv")
     with pytest.raises(ConfigError, match=r"name a \.parquet file"):
         make_index(study / "cohort.csv", study / "i.csv", CONFIG)
+
+
+def test_a_page_of_somebody_else_is_not_replaced_unasked(study: Path, counted: list[str]) -> None:
+    page = study / "i.html"
+    page.write_text("<!doctype html><html lang='en'>my own page")
+    with pytest.raises(OutputExistsError, match=r"i\.html: exists and is no quality page"):
+        build(study)
+    assert (counted, (study / "i.parts").exists()) == ([], False)
+    assert page.read_text().endswith("my own page")
+    build(study, overwrite=True)
+    assert "my own page" not in page.read_text()
+    build(study)  # our own page is
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda t, about: (t.drop(["y"]), about),
+        lambda t, about: (t.drop(["keep"]), about),
+        lambda t, about: (t.set_column(t.column_names.index("x"), "x", [pyarrow.nulls(48)]), about),
+        lambda t, about: (t, {name: about[name] for name in about if name != "mpp"}),
+        lambda t, about: (t, about | {"mpp": [0.5, 0.5]}),
+        lambda t, about: (t, about | {"mpp": -1.0}),
+        lambda t, about: (t, about | {"icc": "other"}),
+    ],
+    ids=["no y", "no keep", "empty x", "no mpp", "two mpp", "negative mpp", "icc"],
+)
+def test_an_index_that_lacks_something_is_refused_by_name(study: Path, damage: Callable[..., Any]) -> None:
+    build(study)
+    table = parquet.read_table(study / "i.parquet")
+    table, about = damage(table, json.loads(table.schema.metadata[INDEX_KEY]))
+    metadata = {INDEX_KEY: json.dumps(about).encode()}
+    parquet.write_table(table.replace_schema_metadata(metadata), study / "bad.parquet")
+    with pytest.raises(ConfigError, match=r"bad\.parquet: the tile index is damaged") as caught:
+        load_tiles(study / "bad.parquet")
+    assert "wsi-pipeline tile" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_index_with_bad_bytes_is_refused_by_name(study: Path) -> None:
+    build(study)
+    content = bytearray((study / "i.parquet").read_bytes())
+    content[40:400] = b"\xff" * 360
+    (study / "i.parquet").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"i\.parquet: the tile index is damaged"):
+        load_tiles(study / "i.parquet")
 
 
 def test_an_index_of_nothing_is_an_error(study: Path) -> None:

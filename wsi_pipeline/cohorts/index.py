@@ -27,7 +27,7 @@ from wsi_pipeline.cohorts.index_file import INDEX_KEY, VERSION, index_metadata, 
 from wsi_pipeline.cohorts.manifest import Cohort, CohortSlide, read_cohort
 from wsi_pipeline.cohorts.parquet import import_parquet
 from wsi_pipeline.cohorts.processes import begin_worker, clean_context, single_threaded_children
-from wsi_pipeline.cohorts.qc_page import SHOWN_SCORES, Finding, write_page
+from wsi_pipeline.cohorts.qc_page import SHOWN_SCORES, Finding, is_page, write_page
 from wsi_pipeline.cohorts.settings import CohortConfig
 from wsi_pipeline.cohorts.slide_tiles import Part, SlideJob, read_part, tile_slide
 from wsi_pipeline.errors import ConfigError, OutputError, OutputExistsError, SlideError, WsiPipelineError
@@ -60,13 +60,21 @@ def make_index(
     """Tile a cohort (a table or a folder of slides) and write the index and its quality page.
 
     A slide that fails is reported and left out. Raises ConfigError for a cohort that is not sound,
-    OutputExistsError where another cohort's or setting's index stands, SlideError where all slides fail.
+    OutputExistsError where another cohort's or setting's index stands, or a page that is none of ours,
+    SlideError where all slides fail.
     """
     out = Path(out)
     if out.suffix.lower() != ".parquet":
         raise ConfigError(f"--out {out}: name a .parquet file")
     if workers < 1:
         raise ConfigError(f"--workers {workers}: give 1 or more")
+    page = out.with_suffix(".html")
+    if os.path.lexists(page) and not overwrite and not is_page(page):
+        raise OutputExistsError(
+            f"{page}: exists and is no quality page of a tile index; choose another --out, or use "
+            "--overwrite",
+            path=page,
+        )
     read = read_cohort(cohort, split=config.split)
     slides = [s for s in read.slides if config.normal == "keep" or not s.normal]
     notices = read.notices

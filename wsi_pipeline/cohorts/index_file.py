@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ from wsi_pipeline.cohorts.parquet import import_parquet
 from wsi_pipeline.cohorts.settings import FilterConfig
 from wsi_pipeline.cohorts.tiles import IndexedSlide, TileIndex
 from wsi_pipeline.errors import ConfigError
+from wsi_pipeline.readers.lattice import IccMode
+from wsi_pipeline.readers.mpp import plausible
 
 __all__ = ["INDEX_KEY", "index_metadata", "judge", "load_index", "slide_columns"]
 
@@ -30,6 +32,8 @@ REASONS = ("", "tissue", "pen", "white", "black", "colour", "blur")
 SCORES = ("tissue", "pen", "white", "black", "red", "green", "blue", "sharpness")
 """The scores that filters look at."""
 _TEXTS = ("slide", "name", "identity", "domain", "patient", "split", "pair")
+_FILLED = (*_TEXTS, "y", "x", "height", "width", "mpp_y", "mpp_x")
+"""Columns that every row of an index fills."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,18 +116,30 @@ def index_metadata(path: Path) -> dict[str, Any] | None:
 def load_index(path: Path, *, filters: FilterConfig | None = None, everything: bool = False) -> TileIndex:
     """The tiles of an index file that serve: by its own ``keep``, by other filters, or everything.
 
-    Raises ConfigError for a file that is no index, or of a version that this program does not know.
+    Raises ConfigError for a file that is no index, of a version that this program does not know, or damaged.
     """
-    _, parquet = import_parquet()
+    pyarrow, parquet = import_parquet()
     about = index_metadata(path)
     if about is None:
         raise ConfigError(f"{path}: is no tile index; make one with wsi-pipeline tile COHORT -o {path.name}")
     if about.get("version") != VERSION:
         raise ConfigError(f"{path}: a tile index of another version; make it again with wsi-pipeline tile")
-    wanted = [*_TEXTS, "y", "x", "height", "width", "mpp_y", "mpp_x", "slide_mpp_y", "slide_mpp_x"]
-    table = parquet.read_table(path, columns=[*wanted, *(SCORES if filters else ["keep"])])
-    kept_N = judge(table, filters) == 0 if filters else np.asarray(table["keep"].to_numpy())
-    columns = _columns(table, path)
+    try:
+        wanted = [*_FILLED, "slide_mpp_y", "slide_mpp_x", *(SCORES if filters else ["keep"])]
+        table = parquet.read_table(path, columns=wanted)
+        empty = [name for name in wanted if not name.startswith("slide_mpp") and table[name].null_count]
+        if empty:
+            raise ValueError(f"no value in {empty[0]}")
+        kept_N = judge(table, filters) == 0 if filters else np.asarray(table["keep"].to_numpy(), np.bool_)
+        columns = _columns(table, path)
+        mpp, icc = float(about["mpp"]), about["icc"]
+        if not plausible((mpp, mpp)) or icc not in get_args(IccMode):
+            raise ValueError(f"mpp {mpp}, icc {icc}")
+    except (OSError, KeyError, TypeError, ValueError, pyarrow.ArrowException) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"{path}: the tile index is damaged ({reason}); make it again with wsi-pipeline tile --overwrite"
+        ) from error
     chosen = slice(None) if everything else kept_N
     sides = np.unique(columns.region_N4[:, 2:])
     return TileIndex(
@@ -131,9 +147,9 @@ def load_index(path: Path, *, filters: FilterConfig | None = None, everything: b
         slides=columns.slides,
         slide_N=columns.slide_N[chosen],
         region_N4=columns.region_N4[chosen],
-        mpp=(about["mpp"], about["mpp"]),
+        mpp=(mpp, mpp),
         tile=int(sides[0]) if len(sides) == 1 else 0,
-        icc=about["icc"],
+        icc=icc,
     )
 
 

@@ -24,7 +24,7 @@ from wsi_pipeline.cohorts.manifest import CohortSlide
 from wsi_pipeline.cohorts.slide_tiles import Part
 from wsi_pipeline.core.protocols import U8_HWC
 
-__all__ = ["SHOWN_SCORES", "Finding", "write_page"]
+__all__ = ["SHOWN_SCORES", "Finding", "is_page", "write_page"]
 
 SHOWN_SCORES: Mapping[str, tuple[str, float]] = {
     "tissue": ("share of tissue", 1.0),
@@ -42,6 +42,10 @@ KINDS: Sequence[tuple[str, str, tuple[int, int, int]]] = (
     ("blur", "out of focus", (220, 0, 60)),
 )
 """Reasons in the order of ``index_file.REASONS``: their words and colours."""
+HEAD = (
+    "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='generator' content='wsi-pipeline tile'>"
+)
+"""What a page begins with, by which it is known again."""
 BINS = 40
 TINT = 0.45
 STYLE = """
@@ -84,7 +88,7 @@ def write_page(
     tiles = sum(len(finding.reason_N) for finding in findings)
     title = f"Tiles of {about['cohort']}"
     parts = [
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{escape(title)}</title>",
+        f"{HEAD}<title>{escape(title)}</title>",
         f"<meta name='viewport' content='width=device-width'><style>{STYLE}</style>",
         f"<h1>{escape(title)}</h1>",
         f"<p>{kept:,} of {tiles:,} tiles serve, from {len(findings)} slides; {about['tile']} px at "
@@ -101,6 +105,15 @@ def write_page(
     fresh = path.with_name(f"{path.name}.partial")
     fresh.write_text("\n".join(parts), encoding="utf-8")
     fresh.replace(path)
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is such a page; False where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(HEAD)) == HEAD.encode()
+    except OSError:
+        return False
 
 
 def _place(finding: Finding) -> tuple[str, str, str]:

@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from wsi_pipeline.cohorts.tiles import IndexedSlide
 from wsi_pipeline.core.fid import frechet_distance, kernel_distance, statistics
 from wsi_pipeline.core.structure import psnr
 from wsi_pipeline.errors import CheckpointError, ConfigError, OutputExistsError, SlideError
+from wsi_pipeline.evaluation.cautions import side_warnings
 from wsi_pipeline.evaluation.evaluate import evaluate
 from wsi_pipeline.evaluation.figures import EXPLAINED, averaged
 from wsi_pipeline.evaluation.report import render_page
 from wsi_pipeline.evaluation.settings import EvaluateConfig, Event, Notice
-from wsi_pipeline.evaluation.summary import in_short
-from wsi_pipeline.evaluation.tile_sets import open_tiles, pair_up
+from wsi_pipeline.evaluation.summary import in_short, side_names
+from wsi_pipeline.evaluation.tile_sets import TileSet, open_tiles, pair_up
 from wsi_pipeline.models.features import make_extractor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -212,6 +214,83 @@ def test_pairs_are_found_by_name_whatever_the_ending_and_folder(tmp_path: Path) 
     save(tmp_path / "else", "other.png", tile(0))
     with pytest.raises(ConfigError, match="no tile has the name or position"):
         pair_up(left, open_tiles(str(tmp_path / "else"), "source", QUICK))
+
+
+def test_folders_of_splits_and_domains_are_no_patients(tmp_path: Path) -> None:
+    for place in ("trainB", "valB", "FFPE/test"):
+        for number in range(2):
+            save(tmp_path, f"{place}/case_{number}.png", tile(number))
+    found = open_tiles(str(tmp_path), "reference", QUICK)
+    assert (set(found.groups), found.group_rule) == ({"case"}, "file name without trailing numbers")
+    save(tmp_path, "trainB/p7/x.png", tile(0))
+    save(tmp_path, "valB/p7/x.png", tile(0))
+    assert set(open_tiles(str(tmp_path), "reference", QUICK).groups) == {"", "p7"}
+
+
+@pytest.mark.parametrize("double", ["t0.jpg", "FF/t0.png"])
+def test_a_partner_of_which_there_are_two_is_refused(tmp_path: Path, double: str) -> None:
+    for name in ("t0.png", "t1.png"):
+        save(tmp_path / "one", name, tile(0))
+        save(tmp_path / "two", name, tile(0))
+    save(tmp_path / "two", double, tile(50))
+    one, two = (open_tiles(str(tmp_path / name), "source", QUICK) for name in ("one", "two"))
+    for sides_ in ((one, two), (two, one)):
+        with pytest.raises(ConfigError, match="have one name") as caught:
+            pair_up(*sides_)
+        assert str(tmp_path / "two" / "t0.png") in str(caught.value)
+        assert str(tmp_path / "two" / double) in str(caught.value)
+    save(tmp_path / "alone", "t1.png", tile(0))  # who has no use for them is not troubled
+    assert len(pair_up(open_tiles(str(tmp_path / "alone"), "source", QUICK), two)) == 1
+
+
+def test_positions_on_other_lattices_are_no_pairs(sides: Path) -> None:
+    def on(lattice: float, name: str) -> TileSet:
+        found = open_tiles(str(sides / name), "source", QUICK)
+        slide = IndexedSlide(path="s.tif", name="s.tif", lattice=(lattice, lattice), pair="P")
+        index = replace(found.index, slides=(slide,), slide_N=np.zeros(len(found), np.int32))
+        return replace(found, index=index, keys=tuple(f"P@0,{96 * x}" for x in range(len(found))))
+
+    assert len(pair_up(on(0.5, "generated"), on(0.5003, "source"))) == 12
+    with pytest.raises(ConfigError, match=r"0\.46 µm.*0\.5: .*tile --set tiling\.tolerance=0"):
+        pair_up(on(0.5, "generated"), on(0.46, "source"))
+
+
+def test_the_short_words_say_what_the_figures_cannot(sides: Path, tmp_path: Path) -> None:
+    config = replace(QUICK, fid=True)
+    alone = " ".join(in_short(run(sides, config)))
+    assert "(of so few tiles, which raise it by themselves: it says little)" in alone
+    assert "0: equal sets" not in alone
+    both = " ".join(in_short(run(sides, replace(config, source=str(sides / "source")))))
+    assert "; so few tiles raise both figures by themselves" in both
+    result = run(sides, config)
+    plenty = replace(result, warnings=())
+    assert "(0: equal sets)" in " ".join(in_short(plenty))
+    fid, kid = result.figure("fid"), result.figure("kid")
+    for low, said in ((-0.01, True), (0.01, False)):
+        interval = replace(kid.interval, low=low, high=0.5)
+        figures = (fid, replace(kid, interval=interval))
+        short = " ".join(in_short(replace(result, figures=figures)))
+        assert ("no difference from the reference set is shown" in short) == said
+
+
+def test_sides_of_one_name_are_told_apart(sides: Path) -> None:
+    result = run(sides)
+    assert side_names(result) == {"generated": "generated", "reference": "reference"}
+    origins = {"generated": "/data/run1/valB", "reference": "/data/cohort/valB"}
+    alike = replace(result, sides=tuple(replace(s, origin=origins[s.role]) for s in result.sides))
+    assert side_names(alike) == {"generated": "run1/valB", "reference": "cohort/valB"}
+    assert "Generated <b>run1/valB</b> against reference <b>cohort/valB</b>" in render_page(alike, None)
+
+
+def test_patients_that_are_stated_are_not_called_guesses(tmp_path: Path) -> None:
+    for number in range(3):
+        save(tmp_path / "coded", f"TCGA-18-340{number}-01A-01-BS1.png", tile(number))
+        save(tmp_path / "named", f"case{number}x.png", tile(number))
+    coded, named = (
+        side_warnings(open_tiles(str(tmp_path / name), "generated", QUICK)) for name in ("coded", "named")
+    )
+    assert coded == ["generated: 3 patients (by TCGA barcode), one tile of each, make a rough interval"]
+    assert "every tile counts as a patient of its own (by file name" in named[0]
 
 
 def test_only_sources_of_generated_tiles_count(sides: Path, tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from wsi_pipeline.evaluation.tile_sets import TileSet
 __all__ = ["side_warnings"]
 
 _MPP_TOLERANCE = 0.05
+_STATED = ("TCGA barcode", "patient column of the index")
+"""Rules by which patients are read; by the others they are guessed."""
 
 
 def side_warnings(generated: TileSet | StoredStatistics, *others: TileSet | StoredStatistics) -> list[str]:
@@ -61,11 +63,12 @@ def _magnification(a: TileSet, b: TileSet) -> list[str]:
 
 def _patients(side: TileSet) -> list[str]:
     count = len(set(side.groups))
-    if count == len(side) and count > 1 and not side.group_rule.startswith("slide"):
+    if count == len(side) and count > 1 and not side.group_rule.startswith(("slide", *_STATED)):
         return [
             f"{side.role}: every tile counts as a patient of its own (by {side.group_rule}); if there are "
             "fewer, intervals are too narrow: put patients into sub-folders, or use a tile index"
         ]
     if 1 < count < 10:
-        return [f"{side.role}: {count} patients (by {side.group_rule}) make a rough interval"]
+        each = ", one tile of each," if count == len(side) else ""
+        return [f"{side.role}: {count} patients (by {side.group_rule}){each} make a rough interval"]
     return []

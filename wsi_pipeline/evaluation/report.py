@@ -23,7 +23,7 @@ from wsi_pipeline.evaluation.pictures import Pictures, Row
 from wsi_pipeline.evaluation.result import LIMITS, EvaluationResult, SideFacts
 from wsi_pipeline.evaluation.sheet import draw_sheet
 from wsi_pipeline.evaluation.style import CSS
-from wsi_pipeline.evaluation.summary import in_short
+from wsi_pipeline.evaluation.summary import in_short, side_names
 
 __all__ = ["render_page", "write_report"]
 
@@ -76,7 +76,7 @@ def render_page(result: EvaluationResult, pictures: Pictures | None) -> str:
         _facts(result),
         _limits(),
     ]
-    title = f"Evaluation of {_name(result.side('generated'))}"
+    title = f"Evaluation of {side_names(result).get('generated', '')}"
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -86,17 +86,11 @@ def render_page(result: EvaluationResult, pictures: Pictures | None) -> str:
     )
 
 
-def _name(side: SideFacts | None) -> str:
-    return "" if side is None else Path(side.origin).name or side.origin
-
-
 def _head(result: EvaluationResult) -> str:
-    others = [
-        f"{role} <b>{html.escape(_name(side))}</b>"
-        for role in ("reference", "source")
-        if (side := result.side(role))
-    ]
-    generated = html.escape(_name(result.side("generated")))
+    names = side_names(result)
+    roles = [role for role in ("reference", "source") if role in names]
+    others = [f"{role} <b>{html.escape(names[role])}</b>" for role in roles]
+    generated = html.escape(names.get("generated", ""))
     against = f" against {' and '.join(others)}" if others else ""
     return (
         f"<h1>Evaluation of generated tiles</h1><p class=lead>Generated <b>{generated}</b>{against}</p>"

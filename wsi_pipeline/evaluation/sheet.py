@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 
 from wsi_pipeline.evaluation.pictures import Pictures, Row
 from wsi_pipeline.evaluation.result import SYNTHETIC, EvaluationResult
-from wsi_pipeline.evaluation.summary import in_short
+from wsi_pipeline.evaluation.summary import in_short, side_names
 
 __all__ = ["draw_sheet"]
 
@@ -45,8 +44,7 @@ def draw_sheet(result: EvaluationResult, pictures: Pictures | None) -> Image.Ima
 
 
 def _heading(draw: ImageDraw.ImageDraw, result: EvaluationResult) -> int:
-    side = result.side("generated")
-    name = Path(side.origin).name if side else ""
+    name = side_names(result).get("generated", "")
     draw.text((MARGIN, MARGIN), _fit(f"Evaluation of {name}", _font(22), WIDTH - 2 * MARGIN), INK, _font(22))
     draw.text((MARGIN, MARGIN + 30), SYNTHETIC[:1].upper() + SYNTHETIC[1:], RED, _font(15))
     return MARGIN + 60

@@ -176,8 +176,8 @@ def _check_lattices(left: TileIndex, right: TileIndex, pairs: Sequence[tuple[int
         if max(abs(x / y - 1.0) for x, y in zip(a.lattice, b.lattice, strict=True)) > _SAME_LATTICE:
             raise ConfigError(
                 f"{right.origin}: {b.name} has tiles of {b.lattice[1]:.4g} µm per pixel, {a.name} of "
-                f"{left.origin} of {a.lattice[1]:.4g}: equal positions are other tissue; make indices of pairs "
-                "with wsi-pipeline tile --set tiling.tolerance=0"
+                f"{left.origin} of {a.lattice[1]:.4g}: equal positions are other tissue; make indices of "
+                "pairs with wsi-pipeline tile --set tiling.tolerance=0"
             )
 
 

@@ -54,6 +54,7 @@ from wsi_pipeline.training.events import (
     ignore,
 )
 from wsi_pipeline.training.folder import Best, RunFolder
+from wsi_pipeline.training.interrupt import asking
 from wsi_pipeline.training.logs import RunLog, save_grid
 from wsi_pipeline.training.loop import Averages, Iteration, make_optimisers
 from wsi_pipeline.training.objective import Sample
@@ -161,9 +162,12 @@ class _Run:
             ema=self.state.ema,
         )
         averages = Averages()
-        for step, batch in enumerate(self.stream, start=self.first):
-            averages.add(iteration.run(step, list(self._samples(batch))))
-            self._after(step + 1, averages)
+        with asking(self.accelerator.num_processes == 1) as interrupt:
+            for step, batch in enumerate(self.stream, start=self.first):
+                averages.add(iteration.run(step, list(self._samples(batch))))
+                self._after(step + 1, averages, interrupt.asked)
+                if interrupt.asked:
+                    raise KeyboardInterrupt
 
     def _samples(self, batch: TrainBatch) -> Iterator[Sample]:
         """Micro-batches on the device."""
@@ -177,12 +181,12 @@ class _Run:
                 first=at == 0,
             )
 
-    def _after(self, done: int, averages: Averages) -> None:
-        """What is due after ``done`` iterations."""
+    def _after(self, done: int, averages: Averages, stops: bool) -> None:
+        """What is due after ``done`` iterations, or because the run ``stops`` after them."""
         loop, every = self.config.loop, self.config.validation.every
         last = done == loop.steps
         validates = every > 0 and (done % every == 0 or last)
-        saves = done % loop.checkpoint_every == 0 or last
+        saves = done % loop.checkpoint_every == 0 or last or stops
         logs: dict[str, float] = {}
         # Averages end with every iteration that may be saved: a resumed run then averages over the same ones.
         if done % loop.log_every == 0 or validates or saves:

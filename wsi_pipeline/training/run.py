@@ -112,9 +112,13 @@ class _Run:
             optimisers=make_optimisers(self.objective, config.optimiser),
             ema=averaged,
         )
-        self.folder = RunFolder(
-            out, config, f"{weights.digest}/{TileSamples(config.data, 0).digest}", accelerator.num_processes
-        )
+        samples = TileSamples(config.data, config.loop.seed)
+        self.notices = [self.validation.notice] if self.validation and self.validation.notice else []
+        if samples.left_out:
+            self.notices.append(
+                f"{samples.left_out} tiles have no partner on the other side and are left out"
+            )
+        self.folder = RunFolder(out, config, f"{weights.digest}/{samples.digest}", accelerator.num_processes)
         self.log: RunLog | None = None
         self.best: Best | None = None
         self.quiet = 0  # iterations for which outputs have been like inputs
@@ -148,8 +152,8 @@ class _Run:
                 processes=self.accelerator.num_processes,
             )
         )
-        if self.validation is not None and self.validation.notice:
-            self.emit(Notice(message=self.validation.notice))
+        for notice in self.notices:
+            self.emit(Notice(message=notice))
         if self.is_main:
             self.log = RunLog(self.folder.path, self.first, config.loop.tensorboard)
             self._tidy()

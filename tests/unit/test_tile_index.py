@@ -147,7 +147,7 @@ def test_registered_slides_are_aligned_by_pair_and_region(study: Path) -> None:
     config = DataConfig(
         source=index, target=index, source_domain="FF", target_domain="FFPE", pairing="aligned"
     )
-    samples = TileSamples(replace(config, crop=32, augment="none"), seed=0)
+    samples = TileSamples(replace(config, split=None, crop=32, augment="none"), seed=0)
     assert (samples.length, samples.left_out) == (6, 12)
 
 

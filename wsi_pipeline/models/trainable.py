@@ -82,7 +82,8 @@ class TurboNetwork(nn.Module):
 
     @property
     def _any(self) -> Translator:
-        return next(iter(self.translators.values()))
+        first: Translator = next(iter(self.translators.values()))
+        return first
 
     def forward(self, x: Tensor, direction: Direction, noise: Tensor | None = None) -> Tensor:
         """Translated tiles [B, 3, H, W] in [-1, 1], float32; see ``Translator``."""

@@ -201,11 +201,11 @@ def _pairs(source: TileIndex, target: TileIndex) -> npt.NDArray[np.int64]:
         partner = partners.get(place)
         if partner is None:
             continue
-        lattices = [tiles.mpp_of(at) for tiles, at in ((source, row), (target, partner))]
-        if None not in lattices and not np.allclose(*lattices, rtol=1e-3):
+        ours, theirs = source.mpp_of(row), target.mpp_of(partner)
+        if ours and theirs and not np.allclose(ours, theirs, rtol=1e-3):
             raise ConfigError(
                 f"{source.slide(row).path} and {target.slide(partner).path} are a pair but have lattices of "
-                f"{lattices[0]} and {lattices[1]} µm; make the index with --set tiling.tolerance=0"
+                f"{ours} and {theirs} µm; make the index with --set tiling.tolerance=0"
             )
         if source.region(row).size != target.region(partner).size:
             raise ConfigError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +109,10 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def newest(folder: Path) -> Path:
+    return sorted((folder / "checkpoints").iterdir())[-1]
+
+
 def run(config: TrainConfig, out: Path, **options: Any) -> list[Event]:
     events: list[Event] = []
     module.train(config, out, emit=events.append, **options)
@@ -180,6 +186,44 @@ def test_the_log_has_all_iterations_and_averages_end_where_checkpoints_may_be(
     assert steps == {"train": [2, 3, 4, 6, 8, 9, 10, 11], "validation": [3, 6, 9, 11]}
 
 
+# Asked to stop
+
+
+@pytest.mark.parametrize("kind", [Stepped, Saved, Validated])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_loses_nothing_whenever_it_comes(
+    config: TrainConfig, tmp_path: Path, kind: type[Event], number: int
+) -> None:
+    """Asked while an iteration is logged, saved or validated, the run ends after the next one, saved."""
+    rare = replace(config, loop=replace(config.loop, checkpoint_every=1000))
+    run(rare, tmp_path / "whole")
+    asked: list[int] = []
+
+    def ask(event: Event) -> None:
+        if isinstance(event, kind) and not asked:
+            asked.append(event.step)
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(KeyboardInterrupt):
+        module.train(rare, tmp_path / "run", emit=ask)
+    assert newest(tmp_path / "run").stem == f"step-{asked[0] + 1:08d}"
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler), "handlers are given back"
+    run(rare, tmp_path / "run")
+    one, other = (load_file(newest(tmp_path / name)) for name in ("whole", "run"))
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_who_asks_twice_does_not_wait(config: TrainConfig, tmp_path: Path) -> None:
+    def ask(event: Event) -> None:
+        if isinstance(event, Stepped):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        module.train(config, tmp_path / "run", emit=ask)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
 # What is kept
 
 
@@ -235,10 +279,6 @@ def test_a_run_can_be_made_longer(config: TrainConfig, tmp_path: Path) -> None:
 
 
 # Damage
-
-
-def newest(folder: Path) -> Path:
-    return sorted((folder / "checkpoints").iterdir())[-1]
 
 
 def test_a_damaged_newest_checkpoint_is_told_and_made_again(config: TrainConfig, tmp_path: Path) -> None:

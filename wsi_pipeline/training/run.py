@@ -169,8 +169,9 @@ class _Run:
         with asking(self.accelerator.num_processes == 1) as interrupt:
             for step, batch in enumerate(self.stream, start=self.first):
                 averages.add(iteration.run(step, list(self._samples(batch))))
-                self._after(step + 1, averages, interrupt.asked)
-                if interrupt.asked:
+                stops = interrupt.asked  # who asks while things are written waits for one more iteration
+                self._after(step + 1, averages, stops)
+                if stops:
                     raise KeyboardInterrupt
 
     def _samples(self, batch: TrainBatch) -> Iterator[Sample]:

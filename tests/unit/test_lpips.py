@@ -140,7 +140,7 @@ def test_without_weights_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(CheckpointError) as caught:
         make_lpips()
-    for said in (VGG16_FILE, VGG16_URL, "objective.lpips=off"):
+    for said in (VGG16_FILE, VGG16_URL, "objective.adversarial.lpips=false"):
         assert said in str(caught.value)
     assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError, match="mine.pth: is not there"):

@@ -332,6 +332,10 @@ def test_two_processes_are_one(settings: Path, whole: Path, tmp_path: Path) -> N
     assert events[0]["processes"] == 2
     assert [event["event"] for event in events].count("result") == 1, "the main process speaks alone"
     assert_same_curve(whole, out)
+    refused = in_processes(["train", str(settings), "--out", str(out), "--set", "loop.seed=7"])
+    assert refused.returncode != 0
+    assert "belongs to a run with other settings" in refused.stderr
+    assert "[rank1]: Traceback" not in refused.stderr, "the other process is told, too"
 
 
 @pytest.mark.slow

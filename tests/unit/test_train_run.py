@@ -341,7 +341,8 @@ def test_a_process_that_does_not_see_the_folder_is_told(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def of_main(values: list[Any]) -> list[Any]:
-        values[0] = 8
+        if isinstance(values[0], int):
+            values[0] = 8
         return values
 
     monkeypatch.setattr("accelerate.utils.broadcast_object_list", of_main)
@@ -349,6 +350,27 @@ def test_a_process_that_does_not_see_the_folder_is_told(
         OutputError, match="does not see the checkpoint of iteration 8; give all processes one"
     ):
         run(config, tmp_path / "run")
+
+
+def test_an_error_of_the_main_process_ends_the_others_too(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here is process 1 of 2, which is told; it writes nothing and says nothing itself."""
+    told = [None, OutputError("the main one cannot write", path=tmp_path)]
+
+    def of_main(values: list[Any]) -> list[Any]:
+        values[0] = told.pop(0)
+        return values
+
+    other = SimpleNamespace(
+        is_main_process=False, num_processes=2, process_index=1, device=torch.device("cpu")
+    )
+    monkeypatch.setattr(module, "_accelerator", lambda _: other)
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", of_main)
+    events: list[Event] = []
+    with pytest.raises(OutputError, match="the main one cannot write"):
+        module.train(config, tmp_path / "run", emit=events.append)
+    assert (told, events, (tmp_path / "run").exists()) == ([], [], False)
 
 
 # The identity-collapse alarm

@@ -16,15 +16,21 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from wsi_pipeline.core.protocols import U8_BHWC
-from wsi_pipeline.errors import CheckpointError, ConfigError, OutputError, TrainingError
+from wsi_pipeline.errors import (
+    CheckpointError,
+    ConfigError,
+    OutputError,
+    TrainingError,
+    WsiPipelineError,
+)
 from wsi_pipeline.models.bundle import BundleFacts, load_facts, save_bundle
 from wsi_pipeline.models.features import make_extractor
 from wsi_pipeline.models.layout import Direction
@@ -61,6 +67,8 @@ from wsi_pipeline.training.objective import Sample
 from wsi_pipeline.training.validation import Validation, is_better
 
 __all__ = ["TrainResult", "train"]
+
+_Made = TypeVar("_Made")
 
 SPARE = 2**30
 """Bytes that must stay free beside what a run will write."""
@@ -103,7 +111,7 @@ class _Run:
         weights = initial_weights(config.model, config.loop.seed, tiles_mpp(config.data))
         self.network = make_network(config, weights, self.device)
         self.objective = make_objective(config, self.network, self.device, config.loop.seed)
-        self.validation = self._validation()
+        self.validation = self._on_main(self._validation)
         learning = self.objective.groups["generator"]
         averaged = {name: p.detach().clone() for name, p in learning.items()} if config.optimiser.ema else {}
         self.state = State(
@@ -122,8 +130,7 @@ class _Run:
         self.log: RunLog | None = None
         self.best: Best | None = None
         self.quiet = 0  # iterations for which outputs have been like inputs
-        if self.is_main:
-            self.folder.check(restart)
+        self._on_main(lambda: self.folder.check(restart))
         self.first = self.taken = self._resume(restart)
         self.stream = batches(
             config.data,
@@ -135,10 +142,27 @@ class _Run:
             world=accelerator.num_processes,
         )
         # Up to here nothing was written: settings that cannot work leave no trace.
+        self._on_main(self._check_disk)
+        self._on_main(lambda: self.folder.open(restart))
+
+    def _on_main(self, action: Callable[[], _Made]) -> _Made | None:
+        """What ``action`` makes on the main process, None on the others, which wait for it.
+
+        An error of ours is raised on all: else the others would fail with one of the network.
+        """
+        from accelerate.utils import broadcast_object_list
+
+        made: _Made | None = None
+        failed: list[WsiPipelineError | None] = [None]
         if self.is_main:
-            self._check_disk()
-            self.folder.open(restart)
-        accelerator.wait_for_everyone()
+            try:
+                made = action()
+            except WsiPipelineError as error:
+                failed[0] = error
+        broadcast_object_list(failed)
+        if failed[0] is not None:
+            raise failed[0]
+        return made
 
     def go(self) -> None:
         config, steps = self.config, self.config.loop.steps
@@ -154,9 +178,7 @@ class _Run:
         )
         for notice in self.notices:
             self.emit(Notice(message=notice))
-        if self.is_main:
-            self.log = RunLog(self.folder.path, self.first, config.loop.tensorboard)
-            self._tidy()
+        self._on_main(self._begin)
         iteration = Iteration(
             objective=self.objective,
             optimisers=self.state.optimisers,
@@ -173,6 +195,10 @@ class _Run:
                 self._after(step + 1, averages, stops)
                 if stops:
                     raise KeyboardInterrupt
+
+    def _begin(self) -> None:
+        self.log = RunLog(self.folder.path, self.first, self.config.loop.tensorboard)
+        self._tidy()
 
     def _samples(self, batch: TrainBatch) -> Iterator[Sample]:
         """Micro-batches on the device."""
@@ -196,16 +222,22 @@ class _Run:
         # Averages end with every iteration that may be saved: a resumed run then averages over the same ones.
         if done % loop.log_every == 0 or validates or saves:
             logs = averages.take(self.accelerator)
-            if self.log is not None:
-                self.log.write(done, "train", logs)
-        self.emit(Stepped(step=done, steps=loop.steps, logs=logs))
         alarm = self._alarm(done, logs)
-        if done % loop.sample_every == 0 or last:
-            self._show(done)
-        if (validates and self._validate(done)) or saves:
-            self._save(done)
-        if saves:
-            self.accelerator.wait_for_everyone()
+        shows = done % loop.sample_every == 0 or last
+
+        def write() -> None:
+            if self.log is not None and logs:
+                self.log.write(done, "train", logs)
+            self.emit(Stepped(step=done, steps=loop.steps, logs=logs))
+            if shows:
+                self._show(done)
+            if (validates and self._validate(done)) or saves:
+                self._save(done)
+
+        if logs or shows:
+            self._on_main(write)
+        else:
+            self.emit(Stepped(step=done, steps=loop.steps, logs=logs))
         if alarm:
             self._collapsed(alarm)
 
@@ -234,8 +266,6 @@ class _Run:
         return better
 
     def _save(self, done: int) -> None:
-        if not self.is_main:
-            return
         notes = {"best": asdict(self.best) if self.best else None, "quiet": self.quiet}
         if self.log is not None:
             self.log.flush()
@@ -286,7 +316,7 @@ class _Run:
 
     def _validation(self) -> Validation | None:
         settings = self.config.validation
-        if settings.every == 0 or not self.is_main:
+        if settings.every == 0:
             return None
         weights = None if settings.weights is None else Path(settings.weights)
         extractor = make_extractor(settings.extractor, weights=weights, model=settings.model)
@@ -338,17 +368,18 @@ class _Run:
         """Write the bundle of the best checkpoint, or of the last where nothing was validated."""
         from accelerate.utils import broadcast_object_list
 
-        made: list[Any] = [0, {}]
-        if self.is_main:
-            found = {checkpoint.step: checkpoint for checkpoint in find_checkpoints(self.folder.checkpoints)}
-            best = self.best if self.config.validation.choose == "best" else None
-            step = best.step if best and best.step in found else max(found)
-            save_bundle(self.network.weights(learned_of(found[step])), self.folder.bundle, overwrite=True)
-            made = [step, self.best.figures if self.best and self.best.step == step else {}]
+        made: list[Any] = [self._on_main(self._write_bundle)]
         broadcast_object_list(made)
-        result = TrainResult(bundle=load_facts(self.folder.bundle), step=made[0], figures=made[1])
-        self.emit(Finished(bundle=self.folder.bundle, step=result.step, figures=result.figures))
-        return result
+        step, figures = made[0]
+        self.emit(Finished(bundle=self.folder.bundle, step=step, figures=figures))
+        return TrainResult(bundle=load_facts(self.folder.bundle), step=step, figures=figures)
+
+    def _write_bundle(self) -> tuple[int, dict[str, float]]:
+        found = {checkpoint.step: checkpoint for checkpoint in find_checkpoints(self.folder.checkpoints)}
+        best = self.best if self.config.validation.choose == "best" else None
+        step = best.step if best and best.step in found else max(found)
+        save_bundle(self.network.weights(learned_of(found[step])), self.folder.bundle, overwrite=True)
+        return step, self.best.figures if self.best and self.best.step == step else {}
 
     def close(self) -> None:
         if self.log is not None:

@@ -16,6 +16,8 @@
         FingerprintMismatchError    the partial output was made by another plan, slide or generator
         IncompleteOutputError       the output was never finished, or a block is missing
         LedgerCorruptError          the ledger contradicts itself or the blocks
+      WorkerDiedError               a worker process ended before its work did; a run tries again
+      StoppedError                  the work was asked to stop; what is committed stays
 
 A message names the file first, then what is wrong, then the remedy, on one line.
 """
@@ -38,8 +40,10 @@ __all__ = [
     "OutputError",
     "OutputExistsError",
     "SlideError",
+    "StoppedError",
     "TrainingError",
     "UnsupportedSlideError",
+    "WorkerDiedError",
     "WsiPipelineError",
 ]
 
@@ -149,3 +153,15 @@ class IncompleteOutputError(OutputError):
 
 class LedgerCorruptError(OutputError):
     """The ledger contradicts itself, or a block differs from its recorded checksum."""
+
+
+class WorkerDiedError(WsiPipelineError):
+    """A worker process ended before its work did; ``alone``: it had nothing else in hand."""
+
+    def __init__(self, message: str, *, alone: bool = True) -> None:
+        super().__init__(message)
+        self.alone = alone
+
+
+class StoppedError(WsiPipelineError):
+    """The run was stopped (deadline, Ctrl-C, or its parent is gone); the slide can be continued."""

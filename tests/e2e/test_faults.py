@@ -241,8 +241,8 @@ def test_a_worker_that_dies_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     from wsi_pipeline.pipeline import executors
     from wsi_pipeline.pipeline.settings import ExecutionConfig
 
-    monkeypatch.setattr(executors, "_run_until_stopped", _die)
-    with pytest.raises(OutputError, match="worker process died"):
+    monkeypatch.setattr(executors, "run_band", _die)
+    with pytest.raises(OutputError, match="worker died: it ended with exit code 9"):
         convert(tmp_path / "a.ome.zarr", settings(run=ExecutionConfig(workers=2)))
     monkeypatch.undo()
     assert convert(tmp_path / "a.ome.zarr", settings()).status == "converted"

@@ -28,8 +28,8 @@ from wsi_pipeline.writers.ometiff import export_ometiff
 
 __all__ = ["ConvertResult", "Inspect", "convert_slide", "export_slide"]
 
-Inspect: TypeAlias = Callable[[Slide, Slide, Survey], Mapping[str, Any]]
-"""Measures (source, finished output, survey), e.g. seam figures; goes into the manifest."""
+Inspect: TypeAlias = Callable[[Slide, Slide, Survey], Mapping[str, Any] | None]
+"""Looks at (source, finished output, survey); seam figures that it returns go into the manifest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +59,7 @@ def convert_slide(
     *,
     overwrite: bool = False,
     restart: bool = False,
+    shared: bool = False,
     inspect: Inspect | None = None,
     emit: Emit = ignore,
 ) -> ConvertResult:
@@ -66,10 +67,12 @@ def convert_slide(
 
     An existing ``out`` raises OutputExistsError unless ``overwrite``; a partial output of other
     settings raises FingerprintMismatchError unless ``restart``. No error leaves a finished-looking
-    output. Without tissue only an overlay picture is written and the result says why.
+    output. Without tissue only an overlay picture is written and the result says why. ``shared``: several
+    attempts at this conversion may be under way; what one of them finished is taken as it is.
     """
     started, kind = time.perf_counter(), output_kind(out)
-    check_target(out, overwrite, slide)
+    if not shared:
+        check_target(out, overwrite, slide)
     emit(Stage(slide_id=slide.slide_id, stage="plan"))
     if "file says" in slide.mpp_origin:
         emit(Notice(slide_id=slide.slide_id, message=f"pixel size from {slide.mpp_origin}"))
@@ -81,20 +84,24 @@ def convert_slide(
     if found.is_empty:
         return _nothing(found, out, started, emit)
     store = out if kind == "zarr" else sidecar(out, ".work.ome.zarr")
-    made = finished_before(store, found) if kind == "tiff" else None
+    ours = shared or kind == "tiff"
+    made = finished_before(store, found) if ours else None
     if made is None:
-        replaceable = overwrite or kind == "tiff"
-        made = make_store(slide, found, store, config, overwrite=replaceable, restart=restart, emit=emit)
+        replaceable = overwrite or ours
+        made = make_store(
+            slide, found, store, config, overwrite=replaceable, restart=restart, emit=emit, shared=shared
+        )
     finished = open_slide(store)
     figures = dict(made.figures)
     if inspect is not None:
         emit(Stage(slide_id=slide.slide_id, stage="measure"))
-        figures["seams"] = _judged(dict(inspect(slide, finished, found)), figures["disagreement"])
-        write_manifest(store / MANIFEST, read_manifest(store / MANIFEST) | {"run": figures})
+        if (seams := inspect(slide, finished, found)) is not None:
+            figures["seams"] = _judged(dict(seams), figures["disagreement"])
+            write_manifest(store / MANIFEST, read_manifest(store / MANIFEST) | {"run": figures})
     qc = _picture(found, slide, finished, store, sidecar(out, ".qc.png"), config, emit)
     finished.close()
     if kind == "tiff":
-        export_slide(store, out, config, overwrite=overwrite, emit=emit)
+        export_slide(store, out, config, overwrite=overwrite or shared, emit=emit)
         shutil.rmtree(store, ignore_errors=True)
     return ConvertResult(
         slide_id=slide.slide_id,

@@ -60,7 +60,7 @@ def estimate(slide: Slide, found: Survey, config: ConvertConfig) -> Estimate:
     glass_bytes = 0.0
     if read := background_reader(plan, view, generator):
         glass_bytes = _bytes_a_pixel([read(tile.write) for tile in _spread(_glass(plan), SAMPLES)], config)
-    lanes = max(1, config.run.workers)
+    lanes = config.run.workers or 1
     seconds = (len(tiles) * per_tile + pixels / (WRITE_MPIX_PER_SECOND * 1e6)) / lanes
     return Estimate(
         tiles=len(tiles),

@@ -15,7 +15,7 @@ from wsi_pipeline.errors import ConfigError, OutputError, OutputExistsError
 from wsi_pipeline.writers.manifest import MANIFEST
 from wsi_pipeline.writers.omezarr import LEDGERS
 
-__all__ = ["check_target", "exclusive", "mapped", "output_kind", "sidecar", "swap_in"]
+__all__ = ["check_target", "exclusive", "mapped", "open_partial", "output_kind", "sidecar", "swap_in"]
 
 
 def output_kind(out: Path) -> Literal["zarr", "tiff"]:
@@ -65,14 +65,22 @@ def exclusive(store: Path, partial: Path, restart: bool) -> Iterator[None]:
     with mapped(store):
         lock = _locked(lock_path, partial)
     with lock:
-        with mapped(partial):
-            if restart:
-                shutil.rmtree(partial, ignore_errors=True)
-            (partial / LEDGERS).mkdir(parents=True, exist_ok=True)
+        if restart:
+            shutil.rmtree(partial, ignore_errors=True)
         try:
-            yield
+            with open_partial(store):
+                yield
         finally:
             lock_path.unlink(missing_ok=True)
+
+
+@contextmanager
+def open_partial(store: Path) -> Iterator[None]:
+    """Make the folder in which ``store`` is written; keeps nobody out."""
+    partial = sidecar(store, ".partial")
+    with mapped(partial):
+        (partial / LEDGERS).mkdir(parents=True, exist_ok=True)
+    yield
 
 
 def _locked(path: Path, partial: Path) -> TextIO:
@@ -99,7 +107,12 @@ def swap_in(partial: Path, store: Path, overwrite: bool) -> None:
             check_target(store, overwrite)
             shutil.rmtree(old, ignore_errors=True)
             os.replace(store, old)
-        os.replace(partial, store)
+        try:
+            os.replace(partial, store)
+        except OSError:  # a second attempt was faster
+            if old.exists() and not store.exists():
+                os.replace(old, store)
+            raise
         shutil.rmtree(old, ignore_errors=True)
 
 

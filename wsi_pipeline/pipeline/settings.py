@@ -80,10 +80,11 @@ class OutputConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutionConfig:
-    """Decides no byte of the output. ``workers``: processes; ``threads``: reading and writing threads
-    of each; ``batch``: tiles a generator call (None: the generator's own)."""
+    """Decides no byte of the output. ``workers``: processes (None: 1 for a slide; for a directory one a
+    GPU, else as many as the cores and the memory carry); ``threads``: reading and writing threads of each;
+    ``batch``: tiles a generator call (None: the generator's own)."""
 
-    workers: int = 1
+    workers: int | None = None
     threads: int = 2
     batch: int | None = None
 

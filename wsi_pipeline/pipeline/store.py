@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from wsi_pipeline.core.plan import SlidePlan
+from wsi_pipeline.core.plan import Band, SlidePlan
 from wsi_pipeline.core.protocols import Slide
 from wsi_pipeline.core.pyramid import BlockKey
 from wsi_pipeline.errors import IncompleteOutputError, LedgerCorruptError
 from wsi_pipeline.pipeline.events import Emit, Notice, Planned, Stage
 from wsi_pipeline.pipeline.executors import run_jobs
-from wsi_pipeline.pipeline.outputs import exclusive, mapped, sidecar, swap_in
+from wsi_pipeline.pipeline.outputs import exclusive, mapped, open_partial, sidecar, swap_in
 from wsi_pipeline.pipeline.planning import Survey, label_mask
 from wsi_pipeline.pipeline.run import Job
 from wsi_pipeline.pipeline.settings import ConvertConfig
@@ -24,7 +25,7 @@ from wsi_pipeline.writers.ledger import merge_ledgers, read_ledgers
 from wsi_pipeline.writers.manifest import MANIFEST, SYNTHETIC, manifest, read_manifest
 from wsi_pipeline.writers.omezarr import LEDGERS, OmeZarrWriter, read_label
 
-__all__ = ["PROFILE", "Made", "finished_before", "make_store"]
+__all__ = ["PROFILE", "Made", "finished_before", "job_for", "make_store", "still_valid", "store_writer"]
 
 PROFILE = "profile.icc"
 """ICC profile of the output's pixels, inside the store."""
@@ -60,12 +61,17 @@ def make_store(
     overwrite: bool,
     restart: bool,
     emit: Emit,
+    shared: bool = False,
 ) -> Made:
-    """The finished OME-Zarr at ``store``; only the last rename makes it visible."""
+    """The finished OME-Zarr at ``store``; only the last rename makes it visible.
+
+    ``shared``: other attempts may be writing the same store, e.g. one that was taken for dead. No harm:
+    all make equal bytes, each replaces whole files and keeps a ledger of its own.
+    """
     started, plan = time.perf_counter(), found.plan
     partial = sidecar(store, ".partial")
-    with exclusive(store, partial, restart):
-        writer = OmeZarrWriter(partial, plan.shape, plan.mpp, config.output.zarr)
+    with open_partial(store) if shared else exclusive(store, partial, restart):
+        writer = store_writer(store, plan, config)
         made, resumed, tiles = _make_blocks(slide, found, writer, config, emit)
         emit(Stage(slide_id=slide.slide_id, stage="finish"))
         checksums = _checksums(writer, plan)
@@ -100,35 +106,51 @@ def _make_blocks(
     slide: Slide, found: Survey, writer: OmeZarrWriter, config: ConvertConfig, emit: Emit
 ) -> tuple[int, int, int]:
     """Commit every block that is missing; returns (made, found finished, tiles generated)."""
-    plan, ledgers = found.plan, writer.root / LEDGERS
-    done = _still_valid(writer, plan, emit)
+    plan = found.plan
+    done = still_valid(writer, plan, emit)
     _say_if_enlarged(slide, plan, emit)
     total = len(plan.block_keys()) - len(done)
     emit(Planned(slide_id=plan.slide_id, tiles=plan.tile_count, blocks=total + len(done), resumed=len(done)))
-    bands = plan.bands(config.run.workers) if config.run.workers > 1 else (None,)
-    jobs = [
-        Job(
-            slide=slide,
-            plan=plan,
-            band=band,
-            generator=config.generator,
-            input=config.input,
-            writer=writer,
-            ledgers=ledgers,
-            name="band" if band is None else f"band-{band[0]}-{band[1]}",
-            done=done,
-            batch=config.run.batch or plan.generator.batch,
-            threads=config.run.threads,
-        )
-        for band in bands
-    ]
-    reports = run_jobs(jobs, config.run.workers, total, emit)
+    workers = config.run.workers or 1
+    bands = plan.bands(workers) if workers > 1 else (None,)
+    jobs = [job_for(slide, plan, band, writer, done, config) for band in bands]
+    reports = run_jobs(jobs, workers, total, emit)
     if len(jobs) > 1:
         # Parents whose children belong to several bands are made once all bands are done.
-        written = _still_valid(writer, plan, emit)
-        rest = replace(jobs[0], band=None, name="shared", done=written)
-        reports += run_jobs([rest], 1, total, emit)
+        written = still_valid(writer, plan, emit)
+        reports += run_jobs([job_for(slide, plan, None, writer, written, config)], 1, total, emit)
     return sum(r.blocks for r in reports), len(done), sum(r.tiles for r in reports)
+
+
+def job_for(
+    slide: Slide,
+    plan: SlidePlan,
+    band: Band | None,
+    writer: OmeZarrWriter,
+    done: frozenset[BlockKey],
+    config: ConvertConfig,
+) -> Job:
+    """The job that makes what is missing of a band (None: of the whole slide). Its ledger has a name of its
+    own, so that no two attempts, dead or alive, append to one file."""
+    rows = "all" if band is None else f"{band[0]}-{band[1]}"
+    return Job(
+        slide=slide,
+        plan=plan,
+        band=band,
+        generator=config.generator,
+        input=config.input,
+        writer=writer,
+        ledgers=writer.root / LEDGERS,
+        name=f"band-{rows}.{os.urandom(6).hex()}",
+        done=done,
+        batch=config.run.batch or plan.generator.batch,
+        threads=config.run.threads,
+    )
+
+
+def store_writer(store: Path, plan: SlidePlan, config: ConvertConfig) -> OmeZarrWriter:
+    """The writer of the partial output that becomes ``store``."""
+    return OmeZarrWriter(sidecar(store, ".partial"), plan.shape, plan.mpp, config.output.zarr)
 
 
 def _say_if_enlarged(slide: Slide, plan: SlidePlan, emit: Emit) -> None:
@@ -138,7 +160,7 @@ def _say_if_enlarged(slide: Slide, plan: SlidePlan, emit: Emit) -> None:
         emit(Notice(slide_id=slide.slide_id, message=message))
 
 
-def _still_valid(writer: OmeZarrWriter, plan: SlidePlan, emit: Emit) -> frozenset[BlockKey]:
+def still_valid(writer: OmeZarrWriter, plan: SlidePlan, emit: Emit) -> frozenset[BlockKey]:
     """Blocks whose bytes on disk have a recorded checksum; the others are made again."""
     records = read_ledgers(writer.root / LEDGERS, plan.fingerprint)
     if foreign := set(records) - set(plan.block_keys()):

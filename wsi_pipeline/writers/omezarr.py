@@ -149,7 +149,14 @@ class OmeZarrWriter:
         build = _v3 if self._config.ngff == "0.5" else _v2
         spec = build(shape, shard, fill, self._config.level)
         # A block that a power cut loses is found by its checksum, so no fsync a block is needed.
-        spec["kvstore"] = {"driver": "file", "path": f"{self.root / path}/", "file_io_sync": False}
+        # No lock either: each write has a temporary file of its own and one rename, and a lock that a frozen
+        # process holds would stop the attempt that takes its place.
+        spec["kvstore"] = {
+            "driver": "file",
+            "path": f"{self.root / path}/",
+            "file_io_sync": False,
+            "file_io_locking": {"mode": "none"},
+        }
         try:
             return ts.open(spec, open=True, create=True, context=_CONTEXT).result()
         except ValueError as error:

@@ -22,13 +22,16 @@ FLOORS = {
     "models": BASE,
     "generators": BASE | {"models", "readers", "writers"},
     "pipeline": BASE | {"readers", "writers", "generators"},
+    "runs": BASE | {"readers", "writers", "generators", "pipeline"},
+    "audit": BASE | {"readers", "writers"},
     "cohorts": BASE | {"readers"},
     "evaluation": BASE | {"models", "readers", "writers", "generators", "cohorts"},
     "training": BASE | {"models", "readers", "cohorts"},
+    "audit": BASE | {"readers", "writers"},
 }
 TOP = {
     *("api", "cli", "config", "console", "doctor", "model_api", "models_cli", "__init__"),
-    *("cohort_cli", "evaluate_cli", "train_cli"),
+    *("audit_cli", "cohort_cli", "convert_cli", "evaluate_cli", "train_cli"),
 }
 CORE_MAY_USE = {"numpy", "scipy", "skimage", "cv2", "wsi_pipeline"} | set(sys.stdlib_module_names)
 CORE_MAY_NOT_USE = {"time", "random", "socket", "subprocess", "urllib", "threading", "logging"}

@@ -131,13 +131,14 @@ def test_own_outputs_are_not_translated_again(tmp_path: Path) -> None:
     put(tmp_path / "e.ome.tif.manifest.json", json.dumps({"notice": "of a study"}).encode())
     for name in ("a.ome.zarr.qc.png", "a.ome.zarr.lock", "f.ome.tif.export", "g.ome.tif.partial"):
         put(tmp_path / name)
-    put(tmp_path / "old run" / "run.json", json.dumps({"notice": SYNTHETIC}).encode())
-    put(tmp_path / "old run" / "x.svs")
+    put(tmp_path / "old" / ".wsi_run" / "slides" / "key.json")
+    for name in ("run.json", "summary.csv", "report.html", "x.svs"):
+        put(tmp_path / "old" / name)
     rows = look(tmp_path)
-    assert slides(rows) == ["a.svs", "c.ome.zarr", "e.ome.tif"]
+    assert slides(rows) == ["a.svs", "c.ome.zarr", "e.ome.tif", "old/x.svs"]
     assert "an output of this program" in rows["a.ome.zarr"].skip
     assert "an output of this program" in rows["d.ome.tif"].skip
-    assert "earlier run" in rows["old run"].skip and "old run/x.svs" not in rows
+    assert "earlier run" in rows["old/run.json"].skip and "earlier run" in rows["old/report.html"].skip
     assert not any(row.unknown for row in rows.values())
 
 

@@ -35,6 +35,7 @@ __all__ = ["OURS", "Listing", "judge", "judge_zarr"]
 
 OURS = "an output of this program; it is synthetic and not translated again"
 _OURS_PART = "of an output of this program"
+_RUN_FILES = frozenset({"run.json", "report.html", "summary.csv"})
 _UNFINISHED = "an unfinished output of this program, or what a run left behind"
 _TEMPORARY = "has the name of an unfinished copy; rename it if it is complete"
 _PICTURE = (
@@ -49,13 +50,14 @@ Verdict = tuple[str, bool]
 class Listing:
     """A folder as it is judged. ``prefix``: of its files' sources; ``files``: names of all its regular files,
     links that are followed among them; ``wanted``: those that get a row; ``owner``: why everything in it is
-    part of something else ("" = it is not)."""
+    part of something else (None: it is not); ``run``: an earlier run put its outputs there."""
 
     path: str
     prefix: str
     files: Collection[str]
     wanted: Iterable[str]
     owner: Verdict | None = None
+    run: bool = False
 
 
 def judge(listing: Listing, *, links: bool, pictures: Collection[str]) -> list[Found]:
@@ -124,6 +126,8 @@ def _named_like_slides(listing: Listing) -> frozenset[str]:
 def _by_owner(listing: Listing, name: str, indexed: Mapping[str, str]) -> Verdict | None:
     if listing.owner is not None:
         return listing.owner
+    if listing.run and name in _RUN_FILES:
+        return "of an earlier run of this program", False
     if is_output_part(name):
         return (_OURS_PART if name.endswith((".json", ".png")) else _UNFINISHED), False
     if is_temporary(name):

@@ -26,7 +26,6 @@ __all__ = [
     "is_temporary",
     "looks_like_slide",
     "refused",
-    "says_synthetic",
 ]
 
 DICOMS = frozenset({".dcm", ".dicom"})
@@ -104,13 +103,8 @@ def is_output_part(name: str) -> bool:
 def is_synthetic(path: str) -> bool:
     """Whether an OME-Zarr folder or a TIFF is an output of this program, by its manifest."""
     manifest = os.path.join(path, MANIFEST) if os.path.isdir(path) else f"{path}.{MANIFEST}"
-    return says_synthetic(manifest)
-
-
-def says_synthetic(path: str) -> bool:
-    """Whether a JSON file carries the notice of this program's outputs."""
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
+        with open(manifest, "rb", opener=_without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 return False
             text = file.read(_LARGEST_MANIFEST)

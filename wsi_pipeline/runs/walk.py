@@ -16,15 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from wsi_pipeline.runs.companions import FOLLOW, SLIDEDAT, is_within, owner_of
+from wsi_pipeline.runs.folder import HIDDEN
 from wsi_pipeline.runs.found import Found
 from wsi_pipeline.runs.judge import Listing, Verdict, judge, judge_zarr
-from wsi_pipeline.runs.kinds import ZARR_MARKERS, ending_of, is_hidden, is_output_part, says_synthetic
+from wsi_pipeline.runs.kinds import ZARR_MARKERS, ending_of, is_hidden, is_output_part
 from wsi_pipeline.runs.names import shown
 
-__all__ = ["RUN_FILE", "Walk", "is_zarr_like"]
+__all__ = ["Walk", "is_zarr_like"]
 
-RUN_FILE = "run.json"
-_EARLIER = "the folder of an earlier run of this program; its outputs are not translated again"
 _SPECIAL = "a device, pipe or socket, not a file"
 
 Parts = tuple[str, ...]
@@ -33,13 +32,15 @@ Key = tuple[int, int]
 
 @dataclass(slots=True)
 class _Folder:
-    """A listed folder. ``path``: as reached; ``real``: without links; ``files``: (device, inode) by name."""
+    """A listed folder. ``path``: as reached; ``real``: without links; ``files``: (device, inode) by name;
+    ``run``: an earlier run of this program put its outputs there."""
 
     path: str
     real: str
     parts: Parts
     device: int
     owner: Verdict | None
+    run: bool
     files: dict[str, Key] = field(default_factory=dict)
     wanted: set[str] = field(default_factory=set)
 
@@ -95,16 +96,13 @@ class Walk:
             names = {entry.name for entry in found}
             if parts and self._is_one(path, real, parts, names, owner):
                 continue
-            folder = self._folders[real] = _Folder(path, real, parts, device, owner)
+            folder = self._folders[real] = _Folder(path, real, parts, device, owner, HIDDEN in names)
             pending += reversed(list(self._sort(folder, found, names)))
 
     def _is_one(self, path: str, real: str, parts: Parts, names: set[str], owner: Verdict | None) -> bool:
-        """Whether a folder is one row and not walked: an OME-Zarr, an unfinished output, an earlier run."""
+        """Whether a folder is one row and not walked: an OME-Zarr or an unfinished output."""
         if owner is not None:
             return False
-        if RUN_FILE in names and says_synthetic(os.path.join(path, RUN_FILE)):
-            self._add(parts, path, _EARLIER)
-            return True
         if not names & ZARR_MARKERS and not is_zarr_like(parts[-1]):
             return False
         if self.matches(parts):
@@ -197,6 +195,7 @@ class Walk:
             files=folder.files.keys(),
             wanted=sorted(folder.wanted),
             owner=folder.owner,
+            run=folder.run,
         )
         for found in judge(listing, links=self.links, pictures=self.pictures):
             key = None if found.skip else folder.files[os.path.basename(found.path)]

@@ -23,7 +23,6 @@ FLOORS = {
     "generators": BASE | {"models", "readers", "writers"},
     "pipeline": BASE | {"readers", "writers", "generators"},
     "runs": BASE | {"readers", "writers", "generators", "pipeline"},
-    "audit": BASE | {"readers", "writers"},
     "cohorts": BASE | {"readers"},
     "evaluation": BASE | {"models", "readers", "writers", "generators", "cohorts"},
     "training": BASE | {"models", "readers", "cohorts"},

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from wsi_pipeline._version import __version__
 
 if TYPE_CHECKING:
-    from wsi_pipeline.api import convert, export, plan, verify
+    from wsi_pipeline.api import convert, convert_many, export, plan, verify
     from wsi_pipeline.config import load_config
     from wsi_pipeline.errors import WsiPipelineError
     from wsi_pipeline.pipeline.settings import ConvertConfig
@@ -24,6 +24,7 @@ __all__ = [
     "WsiPipelineError",
     "__version__",
     "convert",
+    "convert_many",
     "export",
     "load_config",
     "open_slide",
@@ -35,6 +36,7 @@ _HOME = {
     "ConvertConfig": "wsi_pipeline.pipeline.settings",
     "WsiPipelineError": "wsi_pipeline.errors",
     "convert": "wsi_pipeline.api",
+    "convert_many": "wsi_pipeline.api",
     "export": "wsi_pipeline.api",
     "load_config": "wsi_pipeline.config",
     "open_slide": "wsi_pipeline.readers",

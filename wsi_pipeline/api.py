@@ -22,8 +22,12 @@ from wsi_pipeline.pipeline.qc import write_geojson, write_overlay
 from wsi_pipeline.pipeline.settings import ConvertConfig
 from wsi_pipeline.pipeline.verify import VerifyResult, verify_output
 from wsi_pipeline.readers.lattice import SlideView
+from wsi_pipeline.runs.events import RunEmit
+from wsi_pipeline.runs.run import RunResult
+from wsi_pipeline.runs.run import convert_many as run_many
+from wsi_pipeline.runs.settings import RunConfig
 
-__all__ = ["PlanResult", "convert", "export", "plan", "verify"]
+__all__ = ["PlanResult", "convert", "convert_many", "export", "plan", "verify"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,13 +88,6 @@ def convert(
     """
     config = config or ConvertConfig()
     opened = _open(slide, config)
-
-    def measure(source: Slide, output: Slide, found: Survey) -> dict[str, Any]:
-        generator = make_generator(config.generator.name, config.generator.options)
-        before = SlideView(source, found.plan.mpp, icc=config.input.icc)
-        after = SlideView(output, found.plan.mpp, icc="ignore")
-        return seam_figures(before, after, found.plan, generator, cell=found.plan.generator.cell)
-
     try:
         return convert_slide(
             opened,
@@ -98,12 +95,54 @@ def convert(
             config,
             overwrite=overwrite,
             restart=restart,
-            inspect=measure if seams else None,
+            inspect=_Measure(config) if seams else None,
             emit=emit,
         )
     finally:
         if not isinstance(slide, Slide):
             opened.close()
+
+
+def convert_many(
+    slides: str | Path,
+    out: str | Path,
+    config: RunConfig | None = None,
+    *,
+    run_dir: str | Path | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    emit: RunEmit = ignore,
+) -> RunResult:
+    """Convert every slide of a folder, a CSV or a pattern to the folder (or URL) ``out``.
+
+    Calling it again continues. A slide that fails raises nothing: see ``RunResult.counts`` and its report.
+    Raises ConfigError where nothing can start, OutputError where another run is at work there.
+    """
+    config = config or RunConfig()
+    return run_many(
+        str(slides),
+        str(out),
+        config,
+        run_folder=None if run_dir is None else Path(run_dir),
+        overwrite=overwrite,
+        restart=restart,
+        inspect=_Measure(config.conversion) if config.directory.seams else None,
+        emit=emit,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Measure:
+    """Measures the seam figures of a finished conversion; goes to worker processes."""
+
+    config: ConvertConfig
+
+    def __call__(self, source: Slide, output: Slide, found: Survey) -> dict[str, Any]:
+        config = self.config
+        generator = make_generator(config.generator.name, config.generator.options)
+        before = SlideView(source, found.plan.mpp, icc=config.input.icc)
+        after = SlideView(output, found.plan.mpp, icc="ignore")
+        return seam_figures(before, after, found.plan, generator, cell=found.plan.generator.cell)
 
 
 def export(

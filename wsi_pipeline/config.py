@@ -17,12 +17,14 @@ import yaml
 
 from wsi_pipeline.errors import ConfigError
 from wsi_pipeline.pipeline.settings import ConvertConfig
+from wsi_pipeline.runs.settings import RunConfig
 
-__all__ = ["load_config", "load_settings", "to_yaml"]
+__all__ = ["load_config", "load_run_config", "load_settings", "to_yaml"]
 
 _Settings = TypeVar("_Settings")
 _LISTS = {
     "ConvertConfig": "config",
+    "RunConfig": "config",
     "TrainConfig": "train --show-config",
     "CohortConfig": "tile --show-config",
     "EvaluateConfig": "evaluate --help",
@@ -35,7 +37,16 @@ def load_config(
     named: Mapping[str, Any] = MappingProxyType({}),
 ) -> ConvertConfig:
     """The settings of a conversion; see ``load_settings``."""
-    return load_settings(ConvertConfig, path, overrides, named)
+    return load_run_config(path, overrides, named).conversion
+
+
+def load_run_config(
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    named: Mapping[str, Any] = MappingProxyType({}),
+) -> RunConfig:
+    """The settings of a conversion and of a run over many slides; see ``load_settings``."""
+    return load_settings(RunConfig, path, overrides, named)
 
 
 def load_settings(
@@ -47,7 +58,7 @@ def load_settings(
     """Read a YAML (or JSON) file, lay ``named`` values (by dotted key) over it, then the overrides.
 
     ``overrides`` are ``dotted.key=value``, the value in YAML syntax; they have the last word. A manifest
-    is accepted too: its ``config`` is used. Raises ConfigError naming the key.
+    and a ``run.json`` are accepted too: their ``config`` is used. Raises ConfigError naming the key.
     """
     values = _read(path) if path is not None else {}
     for key, value in named.items():
@@ -88,7 +99,7 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: holds no settings, but a {type(document).__name__}")
-    if "fingerprint" in document and isinstance(document.get("config"), dict):
+    if "notice" in document and isinstance(document.get("config"), dict):
         return dict(document["config"])
     return document
 

@@ -22,6 +22,8 @@ from wsi_pipeline.model_api import Fetched, ImportResult
 from wsi_pipeline.models.bundle import BundleFacts
 from wsi_pipeline.pipeline.convert import ConvertResult
 from wsi_pipeline.pipeline.events import Event, Notice, Planned, Progress, Stage
+from wsi_pipeline.runs.events import RunProgress, SlideChanged
+from wsi_pipeline.runs.run import RunResult
 
 __all__ = [
     "Console",
@@ -76,7 +78,7 @@ class Console:
                 _json_line({"event": "stopped"})
             self._stderr.print("Stopped. Run the same command again to continue.")
 
-    def emit(self, event: Event) -> None:
+    def emit(self, event: Event | RunProgress | SlideChanged) -> None:
         """Show one event."""
         if self._json:
             _json_line({"event": type(event).__name__.lower(), **asdict(event)})
@@ -92,6 +94,13 @@ class Console:
                 self._bar.update(self._task, completed=event.done, total=event.total)
             case Notice():
                 self._stderr.print(f"{event.slide_id}: {event.message}", markup=False)
+            case SlideChanged() if event.status != "running":
+                reason = f": {event.reason}" if event.reason else ""
+                self._stderr.print(f"{event.status:8}{event.source}{reason}", markup=False)
+            case RunProgress():
+                if self._task is None:
+                    self._next("Slides")
+                self._bar.update(self._task, completed=event.share * event.total, total=event.total)  # type: ignore[arg-type]
             case _:
                 pass
 
@@ -111,6 +120,13 @@ class Console:
                 f"{result.blocks} blocks in {result.seconds:.1f} s{_seams(result)}{picture}"
             )
         self.result(_plain(asdict(result)), text)
+
+    def ran(self, result: RunResult) -> None:
+        """The closing lines of a run over many slides."""
+        counts = ", ".join(f"{count} {status}" for status, count in sorted(result.counts.items()))
+        why = f" (ended early: {result.why})" if result.why else ""
+        text = f"{counts} in {_duration(result.seconds)}{why}\nLook at {result.report}"
+        self.result(_plain(asdict(result)) | {"exit_code": result.exit_code}, text)
 
     def result(self, values: dict[str, Any], text: str) -> None:
         """What stdout gets in the end."""

@@ -140,7 +140,7 @@ class _Lane:
         lock: threading.RLock,
     ) -> None:
         self.pending: dict[int, _Call] = {}
-        self._environment, self._slots, self._memory = environment, slots, memory
+        self._environment, self._slots, self._memory = dict(environment), slots, memory
         self._freed, self._lock = freed, lock
         self._numbers = itertools.count()
         self._process: Any = None
@@ -176,7 +176,7 @@ class _Lane:
         self._connection, theirs = context.Pipe()
         self._why = ""
         process = context.Process(target=_serve, args=(theirs, self._slots), name="lane", daemon=True)
-        with _environment(self._environment):
+        with _environment(self._environment | {"PYTHONWARNINGS": _warnings()}):
             process.start()
         theirs.close()
         self._process = process
@@ -229,6 +229,13 @@ class _Lane:
         if process is not None:
             process.kill()
             process.join(JOIN_SECONDS)
+
+
+def _warnings() -> str:
+    """Keeps Python's resource tracker from telling users that a killed process left semaphores behind; it
+    removes them all the same."""
+    quiet = "ignore::UserWarning:multiprocessing.resource_tracker"
+    return ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), quiet)))
 
 
 @contextlib.contextmanager

@@ -7,7 +7,9 @@ shared the process of another one that died is not blamed. A slide that failed e
 
 from __future__ import annotations
 
+import glob
 import logging
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from wsi_pipeline.core.plan import Band
 from wsi_pipeline.errors import (
     CheckpointError,
     GeneratorContractError,
+    SlideError,
     StoppedError,
     WorkerDiedError,
     WsiPipelineError,
@@ -181,6 +184,7 @@ class Drive:
 
     def _finished(self, slide: _Slide, result: SlideResult) -> None:
         self.disk.settle(slide.record.key, result.size_bytes)
+        _clear(slide.task)
         slide.record = replace(slide.record, result=result)
         if result.no_tissue:
             slide.record = replace(slide.record, output="")
@@ -198,6 +202,8 @@ class Drive:
         elif isinstance(error, StoppedError):
             self._end(slide, "queued", str(error))
         elif isinstance(error, WsiPipelineError):
+            if isinstance(error, SlideError):  # a mended file is another slide: nothing to go on with
+                _clear(slide.task)
             self._end(slide, "failed", " ".join(str(error).split()))
         else:
             log.error("%s: unexpected error", slide.record.source, exc_info=error)
@@ -246,14 +252,20 @@ class Drive:
         self._told = now
         running = {call.slide.record.key: call for call in self._flying.values()}
         total, half, lines = self._settled + len(self._open), 0.0, []
-        for key, call in running.items():
+        for call in running.values():
             beat = read_beat(call.slide.task.folder, call.beat) or {}
             done, whole = beat.get("done", 0), beat.get("total", 0)
             share = done / whole if isinstance(done, int) and isinstance(whole, int) and whole else 0.0
             half += min(share, 1.0)
-            lines.append(f"{self._open[key].record.source if key in self._open else key}: {beat.get('stage', '')}")
+            lines.append(f"{call.slide.record.source}: {beat.get('stage', '')}")
         share = (self._settled + half) / total if total else 1.0
         self.emit(RunProgress(done=self._settled, total=total, share=share, running=tuple(lines)))
+
+
+def _clear(task: SlideTask) -> None:
+    """Remove the work on a slide, that of earlier settings too."""
+    for path in task.folder.work.glob(f"{glob.escape(task.key)}-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _size_of(task: SlideTask) -> int:

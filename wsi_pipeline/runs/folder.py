@@ -1,11 +1,11 @@
 """Where a run keeps what: results for people at the top, its own affairs in ``.wsi_run``.
 
-    report.html  summary.csv  run.json  <outputs, in the folders of their sources>
-    .wsi_run/slides/KEY.json     one record a file found
-    .wsi_run/pictures/KEY.*.jpg  thumbnails of the report
-    .wsi_run/work/KEY-DIGEST/    outputs in the making: nothing half-done has a final name
-    .wsi_run/beats/KEY.json      the latest sign of life of a worker
-    .wsi_run/lease               touched by the living parent; workers stop without it
+report.html  summary.csv  run.json  <outputs, in the folders of their sources>
+.wsi_run/slides/KEY.json     one record a file found
+.wsi_run/pictures/KEY.*.jpg  thumbnails of the report
+.wsi_run/work/KEY-DIGEST/    outputs in the making: nothing half-done has a final name
+.wsi_run/beats/KEY.json      the latest sign of life of a worker
+.wsi_run/lease               touched by the living parent; workers stop without it
 """
 
 from __future__ import annotations

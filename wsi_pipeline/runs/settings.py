@@ -32,7 +32,8 @@ class DirectoryConfig:
     Budgets, None without: ``max_ram`` for all processes of this machine together, ``max_disk`` for the
     outputs, work and staging of this run (sizes as ``64GB``, ``500MiB``); ``deadline``: a time of day
     (``06:30``), an ISO date and time, or a duration (``8h``); ``min_free``: disk that is left free in any
-    case. ``stage``: a local folder to which slides are copied before they are read; ``stage_quota``: its size.
+    case. ``stage``: a local folder to which slides are copied before they are read; ``stage_quota``: bytes
+    there.
 
     ``watch``: go on converting what appears in the folder; ``settle``: seconds for which a file's size and
     date must have stood still before it is taken.

@@ -186,6 +186,11 @@ def test_vms_parts_belong_to_their_index(tmp_path: Path) -> None:
     assert "a picture" in rows["other.jpg"].skip
 
 
+def test_an_index_of_a_million_blanks_costs_no_time(tmp_path: Path) -> None:
+    put(tmp_path / "a.vms", b"ImageFile=x" + b" " * 1_000_000 + b"y\nMapFile=" + b"\n" * 1_000_000)
+    assert slides(look(tmp_path)) == ["a.vms"]
+
+
 def test_annotations_and_foreign_folders(tmp_path: Path) -> None:
     for name in ("a.svs", "a.xml", "a.svs.geojson", "b.xml", "d.dzi", "d_files/0/0_0.jpg"):
         put(tmp_path / name)

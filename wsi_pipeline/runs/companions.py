@@ -25,7 +25,7 @@ _LARGEST_INDEX = 1 << 20
 _VMS_PART = re.compile(
     r"(?im)^[ \t]*(?:ImageFile[^=\n]*|MapFile|OptimisationFile|MacroImage)=[ \t]*(.+?)\s*$"
 )
-_MIRAX_PART = re.compile(r"(?im)^[ \t]*(?:FILE_\d+|INDEXFILE)[ \t]*=[ \t]*(.+?)\s*$")
+_MIRAX_PART = re.compile(r"(?im)^[ \t]*(?:FILE_\d+|INDEXFILE)[ \t]*=(.*)$")
 
 
 def is_within(path: str, folder: str) -> bool:
@@ -50,7 +50,7 @@ def owner_of(folder: str, siblings: Iterable[str]) -> str:
 
 def indexed_parts(path: str) -> list[str]:
     """Names of the files that a VMS or VMU index lists, as they stand there."""
-    return [os.fsdecode(name.encode("latin-1")) for name in _VMS_PART.findall(_text(path))]
+    return [os.fsdecode(name.encode("latin-1")) for name in _names(_VMS_PART, path)]
 
 
 def parts_of(path: str) -> tuple[str, ...]:
@@ -90,7 +90,7 @@ def trouble(path: str, *, links: bool) -> str:
         if os.path.islink(data) and not links and not os.path.islink(path):
             return f"its folder {shown(os.path.basename(data))} is a link; {FOLLOW}"
         refused = _inside(data, links=links)
-        return refused or _named(_MIRAX_PART.findall(_text(os.path.join(data, SLIDEDAT))))
+        return refused or _named(_names(_MIRAX_PART, os.path.join(data, SLIDEDAT)))
     return ""
 
 
@@ -136,5 +136,6 @@ def _inside(folder: str, *, links: bool) -> str:
     return ""
 
 
-def _text(path: str) -> str:
-    return head_of(path, _LARGEST_INDEX).decode("latin-1")
+def _names(part: re.Pattern[str], index: str) -> list[str]:
+    text = head_of(index, _LARGEST_INDEX).decode("latin-1")
+    return [name for found in part.findall(text) if (name := found.strip())]

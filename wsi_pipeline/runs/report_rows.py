@@ -7,7 +7,7 @@ from typing import Any
 
 from wsi_pipeline.runs.pictures import PICTURES, picture_name
 from wsi_pipeline.runs.records import Record, SlideResult
-from wsi_pipeline.runs.report_text import Lying, cause, elapsed, href, name, number, size, text
+from wsi_pipeline.runs.report_text import Lying, cause, elapsed, href, name, size, text
 from wsi_pipeline.runs.summary import verdict
 
 __all__ = ["STRONG_DISAGREEMENT", "look_at", "render_table"]
@@ -70,7 +70,7 @@ def render_table(records: Sequence[Record], lying: Lying) -> str:
 
 
 def _row(at: int, record: Record, lying: Lying) -> str:
-    kinds = f"{record.status} look" if look_at(record) else record.status
+    kinds = text(f"{record.status} look" if look_at(record) else record.status)
     qc = f"{record.output}.qc.png" if record.output else ""
     link = qc if qc and lying.has(qc) else ""
     first = _first(record, link, lying)
@@ -86,7 +86,7 @@ def _row(at: int, record: Record, lying: Lying) -> str:
 def _first(record: Record, qc: str, lying: Lying) -> str:
     """Name, status, reason or warnings, and links."""
     result, reason = record.result, "; ".join(part for part in cause(record) if part)
-    parts = [f"<span class=badge>{record.status}</span>{name(record.source)}"]
+    parts = [f"<span class=badge>{text(record.status)}</span>{name(record.source)}"]
     if reason:
         parts.append(f"<p class=why>{text(_capital(reason))}</p>")
     parts += [f"<p class=warned>{text(_capital(words))}</p>" for words in look_at(record)]

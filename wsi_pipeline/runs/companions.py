@@ -22,9 +22,7 @@ INDEXES = frozenset({".vms", ".vmu"})
 FOLLOW = "copy what it points to, or follow links with --set directory.links=true"
 
 _LARGEST_INDEX = 1 << 20
-_VMS_PART = re.compile(
-    r"(?im)^[ \t]*(?:ImageFile[^=\n]*|MapFile|OptimisationFile|MacroImage)=[ \t]*(.+?)\s*$"
-)
+_VMS_PART = re.compile(r"(?im)^[ \t]*(?:ImageFile[^=\n]*|MapFile|OptimisationFile|MacroImage)=(.*)$")
 _MIRAX_PART = re.compile(r"(?im)^[ \t]*(?:FILE_\d+|INDEXFILE)[ \t]*=(.*)$")
 
 

@@ -23,6 +23,7 @@ from wsi_pipeline.pipeline.settings import ConvertConfig
 from wsi_pipeline.pipeline.verify import VerifyResult, verify_output
 from wsi_pipeline.readers.lattice import SlideView
 from wsi_pipeline.runs.events import RunEmit
+from wsi_pipeline.runs.events import ignore as ignore_run
 from wsi_pipeline.runs.run import RunResult
 from wsi_pipeline.runs.run import convert_many as run_many
 from wsi_pipeline.runs.settings import RunConfig
@@ -111,7 +112,7 @@ def convert_many(
     run_dir: str | Path | None = None,
     overwrite: bool = False,
     restart: bool = False,
-    emit: RunEmit = ignore,
+    emit: RunEmit = ignore_run,
 ) -> RunResult:
     """Convert every slide of a folder, a CSV or a pattern to the folder (or URL) ``out``.
 

@@ -199,7 +199,7 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_a_bad_slide_fails_alone(evil: Path, tmp_path: Path, executor: str, slots: int) -> None:
     chosen = [EVIL, f"directory.executor={executor}", f"directory.slots={slots}", "run.workers=2"]
-    run(evil, tmp_path / "out", *chosen, "directory.timeout=6", "directory.max_ram=3GB")
+    run(evil, tmp_path / "out", *chosen, "directory.timeout=20", "directory.max_ram=3GB")
     found = records(tmp_path / "out")
     status = {Path(name).stem: record.status for name, record in found.items()}
     assert status == {

@@ -13,8 +13,8 @@ Lanes are ended by killing them: whatever runs here has to survive that anyway.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
-import logging
 import multiprocessing
 import os
 import signal
@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, TypeVar
 
 from wsi_pipeline.errors import WorkerDiedError
 
@@ -34,9 +34,8 @@ __all__ = ["Lanes"]
 LOOK_SECONDS = 0.2
 """How often a process's memory is looked at."""
 JOIN_SECONDS = 10.0
-START_METHOD = "spawn"
 
-log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 @dataclass(slots=True)
@@ -71,13 +70,15 @@ class Lanes(Executor):
             _Lane(chosen[i % len(chosen)], slots, memory, self._freed, self._lock) for i in range(count)
         ]
 
-    def submit(
-        self, function: Callable[..., Any], /, *arguments: Any, alone: bool = False, **named: Any
-    ) -> Future[Any]:
+    def submit(self, function: Callable[..., _T], /, *arguments: Any, **named: Any) -> Future[_T]:
         """Queue a call; it fails with WorkerDiedError where its process dies."""
-        if named:
-            raise TypeError("lanes take positional arguments only")
-        call = _Call(Future(), function, arguments, alone)
+        return self._queued(_Call(Future(), functools.partial(function, **named), arguments, alone=False))
+
+    def submit_alone(self, function: Callable[..., _T], /, *arguments: Any) -> Future[_T]:
+        """Queue a call that shares its process with no other."""
+        return self._queued(_Call(Future(), function, arguments, alone=True))
+
+    def _queued(self, call: _Call) -> Future[Any]:
         with self._lock:
             if self._closed:
                 raise RuntimeError("these lanes are closed")
@@ -172,7 +173,7 @@ class _Lane:
             call.future.set_exception(error)
 
     def _start(self) -> None:
-        context = multiprocessing.get_context(START_METHOD)
+        context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._why = ""
         process = context.Process(target=_serve, args=(theirs, self._slots), name="lane", daemon=True)

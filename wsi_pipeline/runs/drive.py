@@ -213,14 +213,14 @@ class Drive:
     def _died(self, call: _Call, error: WorkerDiedError) -> None:
         slide = call.slide
         hung = hang_told(slide.task.folder, call.beat)
+        why = f"no progress for {slide.task.timeout:.0f} s, the read hangs" if hung else str(error)
         if hung or error.alone:
             slide.deaths += 1
         if slide.deaths > self.retries:
-            why = f"no progress for {slide.task.timeout:.0f} s, the read hangs" if hung else str(error)
             times = f", {slide.deaths} times" if slide.deaths > 1 else ""
             self._end(slide, "failed", f"{why}{times}")
             return
-        log.warning("%s: %s; it is tried again", slide.record.source, error)
+        log.warning("%s: %s; it is tried again", slide.record.source, why)
         slide.suspect = True
         run = replace(slide.task.config.run, threads=1, batch=1)
         slide.task = replace(slide.task, config=replace(slide.task.config, run=run))

@@ -125,7 +125,8 @@ def _decides(config: RunConfig) -> dict[str, Any]:
     conversion["generator"]["options"] = {
         name: value for name, value in conversion["generator"]["options"].items() if name not in _MACHINE
     }
-    return _plain(conversion | {"format": config.directory.format})
+    decides: dict[str, Any] = _plain(conversion | {"format": config.directory.format})
+    return decides
 
 
 _MACHINE = ("device", "max_vram", "batch")

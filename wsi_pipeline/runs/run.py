@@ -31,7 +31,7 @@ from wsi_pipeline.runs.folder import RunFolder
 from wsi_pipeline.runs.found import stamp
 from wsi_pipeline.runs.inputs import Found, find_inputs
 from wsi_pipeline.runs.journal import Journal
-from wsi_pipeline.runs.names import key_of, output_name
+from wsi_pipeline.runs.names import OutputNames, key_of
 from wsi_pipeline.runs.publish import exists_with, is_url
 from wsi_pipeline.runs.records import Record, Records
 from wsi_pipeline.runs.settings import RunConfig
@@ -96,13 +96,15 @@ def convert_many(
         journal = Journal.begin(folder, given, target, config)
         records = Records(folder.records)
         with hire(config, len(found), emit) as staff, _lease(folder, deadline) as session:
-            clerk = _Clerk(config, folder, target, session, overwrite, inspect, records, staff.config)
+            names = OutputNames({record.output for record in records if record.output})
+            clerk = _Clerk(config, folder, target, session, overwrite, inspect, records, staff.config, names)
             disk = DiskBudget(limit, _used(records, folder, target))
             drive = Drive(staff.workers, records, disk, wishes.retries, emit, tools or Tools())
             journal.staff(staff, disk)
-            clerk.register(found, drive, gone=not wishes.watch)
+            if not wishes.watch:  # there, a file may still be growing
+                clerk.register(found, drive, gone=True)
             why = _loop(drive, clerk, journal, given, config, deadline, emit)
-        counts = dict(Counter(record.status for record in records))
+        counts: dict[str, int] = dict(Counter(str(record.status) for record in records))
         journal.end(records, why)
     return RunResult(
         folder=folder.root,
@@ -160,6 +162,7 @@ class _Clerk:
     inspect: Inspect | None
     records: Records
     worker_config: RunConfig
+    names: OutputNames
 
     def look(self, given: str) -> list[Found]:
         links = self.config.directory.links
@@ -187,7 +190,8 @@ class _Clerk:
                 key=key, source=one.source, status="failed" if failed else "skipped", reason=one.skip
             )
         now = stamp(one.path, one.parts)
-        output = before.output if before and before.output else self._name(one.source)
+        ending = ENDINGS[self.config.directory.format]
+        output = before.output if before and before.output else self.names.add(one.source, ending)
         queued = Record(key=key, source=one.source, status="queued", stamp=now, output=output)
         if before is None or before.status in ("queued", "running"):
             return queued
@@ -209,10 +213,6 @@ class _Clerk:
             why = f"{before.output}: another output stands there; move it away, or use --overwrite"
             return replace(before, status="failed", reason=why)
         return before
-
-    def _name(self, source: str) -> str:
-        taken = {record.output for record in self.records if record.output}
-        return output_name(source, ENDINGS[self.config.directory.format], taken)
 
     def _task(self, record: Record, one: Found) -> SlideTask:
         wishes, conversion = self.config.directory, self.worker_config.conversion

@@ -19,10 +19,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-from PIL import Image
-
 from wsi_pipeline.core.geometry import Mpp
 from wsi_pipeline.core.plan import Band, SlidePlan
 from wsi_pipeline.core.protocols import U8_HWC, Slide
@@ -34,9 +30,10 @@ from wsi_pipeline.pipeline.run import JobReport, run_band
 from wsi_pipeline.pipeline.settings import ConvertConfig
 from wsi_pipeline.pipeline.store import job_for, still_valid, store_writer
 from wsi_pipeline.readers import open_slide
+from wsi_pipeline.readers.overview import read_overview
 from wsi_pipeline.runs.budgets import DiskGuard, upper_bound
 from wsi_pipeline.runs.folder import RunFolder
-from wsi_pipeline.runs.pictures import after_thumbnail, write_pictures
+from wsi_pipeline.runs.pictures import SIDE, after_thumbnail, write_pictures
 from wsi_pipeline.runs.publish import exists_with, publish
 from wsi_pipeline.runs.records import SlideResult
 from wsi_pipeline.runs.staging import staged
@@ -58,7 +55,7 @@ class SlideTask:
     ``work``: folder of this slide and these settings; ``output``: name relative to ``target`` (a folder or
     URL); ``session``: of the run that waits for it; ``allowance``: bytes that work and output may take (None:
     any), ``min_free``: bytes that the disk keeps; ``timeout``: seconds without progress (None: no watchdog);
-    ``inspect``: measures seams, named as ``module:function``.
+    ``inspect``: measures seams.
     """
 
     key: str
@@ -122,7 +119,7 @@ def convert_whole(task: SlideTask) -> SlideResult:
         return before
     started = time.perf_counter()
     with _taken(task) as (slide, pulse):
-        looked = _Looked(task, pulse)
+        looked = _Looked(task)
         made = convert_slide(
             slide, task.store, task.config, shared=True, inspect=looked.inspect, emit=pulse.emit
         )
@@ -131,7 +128,7 @@ def convert_whole(task: SlideTask) -> SlideResult:
         else:
             result = replace(_told(task.store), warnings=tuple(pulse.warnings))
         result = replace(result, seconds=round(time.perf_counter() - started, 3))
-        looked.write(made)
+        looked.write(slide)
         write_synced(task.work / RESULT, json.dumps(asdict(result)))
         publish(_files(task, made), task.target, overwrite=task.overwrite, beat=pulse.beat)
         return result
@@ -164,28 +161,23 @@ def _working_store(task: SlideTask) -> Path:
 class _Looked:
     """What is looked at in a finished store before it moves away: seams, if wanted, and two thumbnails."""
 
-    def __init__(self, task: SlideTask, pulse: Pulse) -> None:
-        self._task, self._pulse = task, pulse
+    def __init__(self, task: SlideTask) -> None:
+        self._task = task
         self._before: U8_HWC | None = None
         self._after: U8_HWC | None = None
 
     def inspect(self, source: Slide, output: Slide, found: Survey) -> Mapping[str, Any] | None:
-        self._before = found.thumbnail_HWC
+        if max(found.thumbnail_HWC.shape) >= SIDE:
+            self._before = found.thumbnail_HWC
         self._after = after_thumbnail(_working_store(self._task))
         measure = self._task.inspect
         return None if measure is None else measure(source, output, found)
 
-    def write(self, made: ConvertResult) -> None:
-        before = self._before
-        if before is None and made.qc is not None:
-            before = np.asarray(Image.open(made.qc).convert("RGB"))
+    def write(self, slide: Slide) -> None:
+        before, config = self._before, self._task.config
         if before is None:
-            return
-        after = self._after
-        if after is not None:  # the overview covers the same field at another scale
-            size = (before.shape[1], before.shape[0])
-            after = np.asarray(cv2.resize(after, size, interpolation=cv2.INTER_AREA), np.uint8)
-        write_pictures(self._task.folder.root, self._task.key, before, after)
+            before, _ = read_overview(slide, icc=config.input.icc, threads=config.run.threads)
+        write_pictures(self._task.folder.root, self._task.key, before, self._after)
 
 
 def _told(out: Path) -> SlideResult:

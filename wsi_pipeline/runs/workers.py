@@ -73,7 +73,8 @@ class ProcessWorkers:
         self._lanes = Lanes(count, slots=slots, environments=environments, memory=memory)
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, alone: bool = False) -> Future[Any]:
-        return self._lanes.submit(function, *arguments, alone=alone)
+        submit = self._lanes.submit_alone if alone else self._lanes.submit
+        return submit(function, *arguments)
 
     def died(self, error: BaseException) -> WorkerDiedError | None:
         return error if isinstance(error, WorkerDiedError) else None

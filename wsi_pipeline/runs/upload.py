@@ -91,9 +91,10 @@ class Upload:
             if _is_output(name):
                 there[name] = self._checked(path, name, expected, overwrite)
         for path, name in files.items():
-            if there.get(name):
-                continue
             with self._reached(name):
+                if there.get(name):
+                    self._tidy(self._key(name))
+                    continue
                 if _is_store(name):
                     self._put_store(path, name, expected, beat)
                 elif os.path.lexists(path):
@@ -132,18 +133,27 @@ class Upload:
                 f"{self._url}/{name}: holds files that this program did not make; move them away",
                 path=f"{self._url}/{name}",
             )
-        for part in there.keys() & set(ROOT):
-            self._fs.rm_file(f"{key}/{part}")
+        for part in reversed(ROOT):
+            if part in there:
+                self._fs.rm_file(f"{key}/{part}")
         self._pipe(f"{key}/{NOTE}", json.dumps({"fingerprint": expected}).encode())
         same_plan = bool(expected) and before.get("fingerprint") == expected
         kept = {n for n, p in files.items() if n in there and same_plan and _is_same(there[n], p)} - set(ROOT)
         self._send_all({p: f"{key}/{n}" for n, p in files.items() if n not in kept and n not in ROOT}, beat)
         for part in there.keys() - files.keys() - {NOTE, *ROOT}:
-            self._fs.rm_file(f"{key}/{part}")
+            with suppress(FileNotFoundError):  # a half-sent file of before, which has its name by now
+                self._fs.rm_file(f"{key}/{part}")
         for part in ROOT:
             if part in files:
                 self._send_all({files[part]: f"{key}/{part}"}, beat)
         self._fs.rm_file(f"{key}/{NOTE}")
+
+    def _tidy(self, key: str) -> None:
+        """Remove what an upload left that was killed after its last file; the note goes last."""
+        if self._info(f"{key}/{NOTE}") is not None:
+            for part in (*(f".{root}{NOTE}" for root in ROOT), NOTE):
+                with suppress(FileNotFoundError):
+                    self._fs.rm_file(f"{key}/{part}")
 
     def _send_all(self, pairs: Mapping[Path, str], beat: Beat) -> None:
         """Upload several files at once; ``beat`` only while something moves, so that a hang shows."""

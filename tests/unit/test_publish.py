@@ -8,7 +8,9 @@ import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -438,3 +440,68 @@ def test_a_stop_ends_an_upload(tmp_path: Path, memory: str) -> None:
         publish({source: NAME}, memory, overwrite=False, beat=stop)
     assert exists_with(memory, NAME, "one") is None
     assert source.exists()
+
+
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("kind", ["zarr", "tiff"])
+def test_two_attempts_at_once_both_end_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, overwrite: bool, far: bool
+) -> None:
+    """A worker that counted as dead publishes the very files that its successor publishes."""
+    if far:
+        monkeypatch.setattr(module, "_is_apart", lambda source, folder: os.stat(source) is not None)
+    for number in range(15):
+        work, out = tmp_path / f"work{number}", tmp_path / f"out{number}"
+        if kind == "zarr":
+            source = store(work, "one", chunks=20)
+            files, name, before = {source: NAME}, NAME, tree(source)
+        else:
+            paths = tiff(work, "one")
+            files, name, before = tiff_names(paths), TIFF, {"": paths[0].read_text()}
+        together = threading.Barrier(2)
+
+        def attempt(files: dict[Path, str], out: Path, together: threading.Barrier) -> None:
+            together.wait()
+            publish(files, str(out), overwrite=overwrite, beat=nothing, fingerprint="one")
+
+        with ThreadPoolExecutor(2) as pool:
+            both = [pool.submit(attempt, files, out, together) for _ in range(2)]
+            for future in both:
+                future.result()
+        assert exists_with(str(out), name, "one") is True
+        there = tree(out / name) if kind == "zarr" else {"": (out / name).read_text()}
+        assert there == before
+        assert not [left for left in os.listdir(out / "sub") if left.startswith(".")]
+
+
+def test_half_copies_of_others_go_only_when_their_process_has(tmp_path: Path) -> None:
+    sub = tmp_path / "sub"
+    sub.mkdir()
+    alive, dead, far, old = (
+        sub / f".a.ome.zarr.{owner}-abcd.publishing"
+        for owner in (
+            f"{module._host()}-{os.getpid()}",
+            f"{module._host()}-99999999",
+            "elsewhere-99999999",
+            "longago-1",
+        )
+    )
+    for copy in (alive, dead, far, old):
+        copy.write_text("")
+    os.utime(old, (0, 0))
+    publish({store(tmp_path / "work", "one"): NAME}, str(tmp_path), overwrite=False, beat=nothing)
+    assert alive.exists() and far.exists()
+    assert not dead.exists() and not old.exists()
+
+
+def test_a_copy_whose_source_goes_away_is_no_copy(tmp_path: Path) -> None:
+    source = store(tmp_path / "work", "one")
+    (tmp_path / "out").mkdir()
+
+    def beat() -> None:
+        module._discard(source)
+
+    with pytest.raises(FileNotFoundError):
+        module._beside(source, tmp_path / "out" / "a.ome.zarr", beat)
+    assert os.listdir(tmp_path / "out") == []

@@ -11,10 +11,14 @@ same bytes from the same files, so who comes late finds the output there, or its
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
+import re
 import secrets
 import shutil
+import socket
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -31,6 +35,7 @@ __all__ = ["exists_with", "is_url", "publish"]
 _PIECE = 8 << 20
 _BEAT_BYTES = 64 << 20
 _NEW = ".publishing"
+_FOREIGN_SECONDS = 86400.0
 
 Beat = Callable[[], None]
 
@@ -69,7 +74,7 @@ def publish(
     if folder is None:
         Upload(target).put(_in_order(files), expected, overwrite=overwrite, beat=beat)
         for path in files:
-            _remove(path)
+            _discard(path)
         return
     ordered = _in_order(files)
     for path, name in ordered.items():
@@ -136,8 +141,9 @@ def _found(out: Path) -> str | None:
 
 def _check(source: Path, out: Path, expected: str, overwrite: bool) -> None:
     """Before anything moves: may this output take its place?"""
+    gone = not os.path.lexists(source)  # first: what is gone by now stands there by then
     found = _found(out)
-    if not os.path.lexists(source):
+    if gone:
         if not (found and found == (expected or found)):
             raise OutputError(f"{out}: is gone before it was published; convert the slide again", path=out)
     elif found == "" or (found and overwrite):
@@ -154,10 +160,12 @@ def _place(source: Path, out: Path, expected: str, overwrite: bool, beat: Beat) 
     if not os.path.lexists(source) and os.path.lexists(out):
         return  # another attempt was faster; _check has looked at what it left
     if _is_output(out.name) and not overwrite and expected and _found(out) == expected:
-        _remove(source)
+        _discard(source)
         return
-    ready = _beside(source, out, beat) if _is_apart(source, out.parent) else source
+    ready = source
     try:
+        if _is_apart(source, out.parent):
+            ready = _beside(source, out, beat)
         try:
             _swap(ready, out)
         except OSError as error:  # layered file systems are one device and yet cannot rename
@@ -172,7 +180,7 @@ def _place(source: Path, out: Path, expected: str, overwrite: bool, beat: Beat) 
         if ready != source:
             _remove(ready)
     _sync(out.parent)
-    _remove(source)
+    _discard(source)
 
 
 def _swap(ready: Path, out: Path) -> None:
@@ -210,27 +218,41 @@ def _tidy(out: Path) -> None:
         else:
             os.replace(old, out)
     if out.parent.is_dir():
-        for left in out.parent.glob(f".{_globbed(out.name)}.*{_NEW}"):
-            _remove(left)
+        for left in out.parent.glob(f".{glob.escape(out.name)}.*{_NEW}"):
+            if _is_dead(left):
+                _remove(left)
 
 
-def _globbed(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+def _is_dead(copy: Path) -> bool:
+    """Whether the process that made a half copy is gone; of another machine's a day has to have passed."""
+    host, _, pid = copy.name.removesuffix(_NEW).rsplit(".", 1)[-1].rpartition("-")[0].rpartition("-")
+    if host == _host() and os.path.isdir("/proc"):
+        return not os.path.isdir(f"/proc/{pid}")
+    with suppress(OSError):
+        return time.time() - copy.lstat().st_mtime > _FOREIGN_SECONDS
+    return False
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9]", "_", socket.gethostname())
 
 
 def _beside(source: Path, out: Path, beat: Beat) -> Path:
     """A whole and durable copy of the source beside its place."""
-    copy = out.with_name(f".{out.name}.{os.getpid()}-{secrets.token_hex(4)}{_NEW}")
+    copy = out.with_name(f".{out.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}{_NEW}")
     try:
         if not source.is_dir():
             _copy(source, copy, beat)
             return copy
-        for folder, _, names in os.walk(source):
+        begun = os.stat(source)
+        for folder, _, names in os.walk(source, onerror=_raise):
             there = copy / os.path.relpath(folder, source)
             there.mkdir()
             for name in names:
                 _copy(Path(folder, name), there / name, beat)
             _sync(there)
+        if not os.path.samestat(begun, os.stat(source)):
+            raise FileNotFoundError(errno.ENOENT, "it went away while it was copied", os.fspath(source))
     except BaseException:
         _remove(copy)
         raise
@@ -259,6 +281,21 @@ def _sync(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _discard(source: Path) -> None:
+    """Remove what was published. A folder is renamed first: another attempt that reads it at the same time
+    must miss it as a whole, and not take half of it for all."""
+    if source.is_dir() and not source.is_symlink():
+        doomed = source.with_name(f".{source.name}.{secrets.token_hex(4)}.gone")
+        with suppress(FileNotFoundError):
+            os.replace(source, doomed)
+        source = doomed
+    _remove(source)
 
 
 def _remove(path: Path) -> None:

@@ -8,6 +8,7 @@ the files, ``NAME/.publishing``, with the fingerprint; the next attempt keeps th
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import os
@@ -100,7 +101,7 @@ class Upload:
                 elif os.path.lexists(path):
                     self._send_all({path: self._key(name)}, beat)
                 elif self._info(self._key(name)) is None:
-                    raise FileNotFoundError(2, "the finished file is gone", str(path))
+                    raise FileNotFoundError(errno.ENOENT, "the finished file is gone", str(path))
 
     def _checked(self, path: Path, name: str, expected: str, overwrite: bool) -> bool:
         """Whether the output is there already; raises where another one must not be replaced."""
@@ -133,6 +134,7 @@ class Upload:
                 f"{self._url}/{name}: holds files that this program did not make; move them away",
                 path=f"{self._url}/{name}",
             )
+        _still_there(store)
         for part in reversed(ROOT):
             if part in there:
                 self._fs.rm_file(f"{key}/{part}")
@@ -143,6 +145,7 @@ class Upload:
         for part in there.keys() - files.keys() - {NOTE, *ROOT}:
             with suppress(FileNotFoundError):  # a half-sent file of before, which has its name by now
                 self._fs.rm_file(f"{key}/{part}")
+        _still_there(store)
         for part in ROOT:
             if part in files:
                 self._send_all({files[part]: f"{key}/{part}"}, beat)
@@ -225,6 +228,12 @@ class Upload:
                 "network, then run the same command again",
                 path=url,
             ) from error
+
+
+def _still_there(store: Path) -> None:
+    """What was listed is all of it: another attempt that is done renames the folder before it empties it."""
+    if not store.exists():
+        raise FileNotFoundError(errno.ENOENT, "it went away while it was sent", str(store))
 
 
 def _is_store(name: str) -> bool:

@@ -14,7 +14,7 @@ from wsi_pipeline._version import __version__
 
 if TYPE_CHECKING:
     from wsi_pipeline.api import convert, convert_many, export, plan, verify
-    from wsi_pipeline.config import load_config
+    from wsi_pipeline.config import load_config, load_run_config
     from wsi_pipeline.errors import WsiPipelineError
     from wsi_pipeline.pipeline.settings import ConvertConfig
     from wsi_pipeline.readers import open_slide
@@ -27,6 +27,7 @@ __all__ = [
     "convert_many",
     "export",
     "load_config",
+    "load_run_config",
     "open_slide",
     "plan",
     "verify",
@@ -39,6 +40,7 @@ _HOME = {
     "convert_many": "wsi_pipeline.api",
     "export": "wsi_pipeline.api",
     "load_config": "wsi_pipeline.config",
+    "load_run_config": "wsi_pipeline.config",
     "open_slide": "wsi_pipeline.readers",
     "plan": "wsi_pipeline.api",
     "verify": "wsi_pipeline.api",

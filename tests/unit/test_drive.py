@@ -69,6 +69,7 @@ class Pretended:
 
     count: int = 2
     slots: int = 1
+    ahead: int = 0
     rng: random.Random | None = None
     name: str = "pretended"
     most: int = 0

@@ -19,6 +19,8 @@ from wsi_pipeline.pipeline.executors import threads_of_a_worker
 __all__ = ["DaskWorkers"]
 
 START_SECONDS = 60
+AHEAD = 4
+"""Calls that wait at the scheduler for each that runs: a round trip costs more than a small band."""
 
 
 class DaskWorkers:
@@ -64,6 +66,7 @@ class DaskWorkers:
             ) from error
         workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
         self.count, self.slots = len(workers), slots
+        self.ahead = AHEAD * self.count * slots
         share = {"GPU": 1 / slots} if any(worker["resources"].get("GPU") for worker in workers) else {}
         whole = {"GPU": 1} if share else {}
         self._shared = self._client.get_executor(pure=False, retries=0, resources=share)

@@ -27,7 +27,7 @@ from wsi_pipeline.errors import (
     WsiPipelineError,
 )
 from wsi_pipeline.pipeline.run import JobReport
-from wsi_pipeline.runs.budgets import DiskBudget
+from wsi_pipeline.runs.budgets import DiskBudget, folder_bytes
 from wsi_pipeline.runs.events import RunEmit, RunProgress, SlideChanged
 from wsi_pipeline.runs.records import Record, Records, SlideResult
 from wsi_pipeline.runs.tasks import Laid, SlideTask, convert_band, convert_whole, plan_slide
@@ -103,7 +103,8 @@ class Drive:
 
         Raises CheckpointError and GeneratorContractError: no other slide would fare better.
         """
-        while len(self._flying) < self.workers.count * self.workers.slots and (call := self._next()):
+        most = self.workers.count * self.workers.slots + self.workers.ahead
+        while len(self._flying) < most and (call := self._next()):
             self._hand_out(call)
         if self._flying:
             done, _ = wait(self._flying, timeout=timeout, return_when=FIRST_COMPLETED)
@@ -270,7 +271,4 @@ def _clear(task: SlideTask) -> None:
 
 def _size_of(task: SlideTask) -> int:
     """Bytes that the work of a slide left on the disk, to be continued by the next run."""
-    try:
-        return sum(path.stat().st_size for path in task.work.rglob("*") if path.is_file())
-    except OSError:
-        return 0
+    return folder_bytes(task.work) if task.work.is_dir() else 0

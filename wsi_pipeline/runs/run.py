@@ -24,7 +24,7 @@ from pathlib import Path
 from wsi_pipeline.errors import ConfigError
 from wsi_pipeline.pipeline.convert import Inspect
 from wsi_pipeline.pipeline.events import Notice
-from wsi_pipeline.runs.budgets import DiskBudget
+from wsi_pipeline.runs.budgets import DiskBudget, folder_bytes
 from wsi_pipeline.runs.drive import Drive, Tools
 from wsi_pipeline.runs.events import RunEmit, ignore
 from wsi_pipeline.runs.folder import RunFolder
@@ -38,6 +38,7 @@ from wsi_pipeline.runs.settings import RunConfig
 from wsi_pipeline.runs.settle import Settled
 from wsi_pipeline.runs.sizes import parse_deadline, parse_size
 from wsi_pipeline.runs.staff import hire
+from wsi_pipeline.runs.staging import clean_staging
 from wsi_pipeline.runs.tasks import SlideTask
 
 __all__ = ["RunResult", "convert_many"]
@@ -93,12 +94,14 @@ def convert_many(
     with folder.taken():
         if restart:
             _forget(folder)
+        if wishes.stage:
+            clean_staging(Path(wishes.stage))
         journal = Journal.begin(folder, given, target, config)
         records = Records(folder.records)
         with hire(config, len(found), emit) as staff, _lease(folder, deadline) as session:
             names = OutputNames({record.output for record in records if record.output})
             clerk = _Clerk(config, folder, target, session, overwrite, inspect, records, staff.config, names)
-            disk = DiskBudget(limit, _used(records, folder, target))
+            disk = _budget(limit, records, folder, config, target)
             drive = Drive(staff.workers, records, disk, wishes.retries, emit, tools or Tools())
             journal.staff(staff, disk)
             if not wishes.watch:  # there, a file may still be growing
@@ -264,10 +267,18 @@ def _forget(folder: RunFolder) -> None:
     folder.document.unlink(missing_ok=True)
 
 
-def _used(records: Records, folder: RunFolder, target: str) -> int:
-    """Bytes that earlier runs into this folder take: their outputs, unless elsewhere, and their work."""
-    outputs = 0 if is_url(target) else sum(r.result.size_bytes for r in records if r.result)
-    return outputs + sum(path.stat().st_size for path in folder.work.rglob("*") if path.is_file())
+def _budget(
+    limit: int | None, records: Records, folder: RunFolder, config: RunConfig, target: str
+) -> DiskBudget:
+    """What earlier runs into this folder left counts: outputs (unless elsewhere) and unfinished work."""
+    used = 0 if is_url(target) else sum(r.result.size_bytes for r in records if r.result)
+    if config.directory.stage:
+        used += parse_size(config.directory.stage_quota, "directory.stage_quota")
+    held: dict[str, int] = {}
+    for path in folder.work.iterdir():
+        key = path.name.rpartition("-")[0]
+        held[key] = held.get(key, 0) + folder_bytes(path)
+    return DiskBudget(limit, used + sum(held.values()), held)
 
 
 @contextmanager

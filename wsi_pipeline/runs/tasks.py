@@ -97,7 +97,8 @@ def plan_slide(task: SlideTask, count: int) -> Laid:
     """Plan a slide and cut it into at most ``count`` bands; its partial output is begun."""
     with _taken(task) as (slide, pulse):
         found = survey(slide, task.config)
-        need = upper_bound(found.plan, output_kind(task.store) == "tiff")
+        is_tiff = output_kind(task.store) == "tiff"
+        need = upper_bound(found.plan, task.config.output.tiff if is_tiff else False)
         if found.is_empty:
             return Laid(plan=found.plan, bands=(), done=frozenset(), need=need)
         store = _working_store(task)
@@ -130,7 +131,8 @@ def convert_whole(task: SlideTask) -> SlideResult:
         result = replace(result, seconds=round(time.perf_counter() - started, 3))
         looked.write(slide)
         write_synced(task.work / RESULT, json.dumps(asdict(result)))
-        publish(_files(task, made), task.target, overwrite=task.overwrite, beat=pulse.beat)
+        files, fingerprint = _files(task, made), result.fingerprint
+        publish(files, task.target, overwrite=task.overwrite, beat=pulse.beat, fingerprint=fingerprint)
         return result
 
 

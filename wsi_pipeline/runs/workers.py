@@ -19,11 +19,13 @@ __all__ = ["InlineWorkers", "ProcessWorkers", "Workers", "gpus_for"]
 
 
 class Workers(Protocol):
-    """An executor of slides. ``count``: workers; ``slots``: calls that each has in hand at once."""
+    """An executor of slides. ``count``: workers; ``slots``: calls that each has in hand at once; ``ahead``:
+    calls that it takes beyond these, so that no worker waits for the next one to arrive."""
 
     name: str
     count: int
     slots: int
+    ahead: int
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, alone: bool = False) -> Future[Any]:
         """Queue a call; ``alone``: nothing else runs in its process."""
@@ -41,7 +43,7 @@ class Workers(Protocol):
 class InlineWorkers:
     """One slide after the other in this process; nothing protects the run from a decoder that crashes."""
 
-    name, count, slots = "inline", 1, 1
+    name, count, slots, ahead = "inline", 1, 1, 0
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, alone: bool = False) -> Future[Any]:
         future: Future[Any] = Future()
@@ -64,7 +66,7 @@ class InlineWorkers:
 class ProcessWorkers:
     """Processes of this machine, one for each of ``gpus`` or ``count`` on the CPU."""
 
-    name = "processes"
+    name, ahead = "processes", 0
 
     def __init__(self, count: int, slots: int, *, gpus: tuple[str, ...] = (), memory: int | None = None):
         self.count, self.slots = count, slots

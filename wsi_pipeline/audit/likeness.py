@@ -78,12 +78,13 @@ def halved(pixels_HW: F32_HW) -> F32_HW:
 
 
 class Likeness:
-    """Searches for all of ``pictures``; a slide-shaped one also by its two ends, where labels are."""
+    """Searches for all of ``pictures``; where none is the label, slide-shaped ones also by their two ends."""
 
     def __init__(self, pictures: Sequence[SidePicture]) -> None:
         self._templates: list[_Template] = []
+        labelled = any("label" in picture.name.lower() for picture in pictures)
         for picture in pictures:
-            for name, pixels_HW in _views(picture):
+            for name, pixels_HW in _views(picture, ends=not labelled):
                 if pixels_HW.std() > _FLAT:
                     self._templates += _templates(name, _not_larger(pixels_HW))
         self.names = tuple(dict.fromkeys(template.name for template in self._templates))
@@ -99,17 +100,20 @@ class Likeness:
         rest.names = tuple(name for name in self.names if name not in names)
         return rest
 
-    def in_picture(self, pixels_HWC: U8_HWC) -> list[Match]:
-        """Copies in a whole picture in memory, from ``LEAST_SIDE`` px on; places in pixels of an octave."""
+    def in_picture(self, pixels_HWC: U8_HWC, least: float = _FINE) -> list[Match]:
+        """Copies in a whole picture in memory, from ``LEAST_SIDE`` px on; places in pixels of an octave.
+
+        ``least``: fine correlation that makes a copy.
+        """
         octaves = [grey(pixels_HWC)]
         while min(octaves[-1].shape) >= 2 * _SHORT:
             octaves.append(halved(octaves[-1]))
         found = []
         for number in range(1, len(octaves)):
-            found += self.in_octave(octaves[number], from_octaves(octaves, number))
+            found += self.in_octave(octaves[number], from_octaves(octaves, number), least)
         return found
 
-    def in_octave(self, octave_HW: F32_HW, finer: Finer) -> list[Match]:
+    def in_octave(self, octave_HW: F32_HW, finer: Finer, least: float = _FINE) -> list[Match]:
         """Copies of 24 to 48 px in one octave, confirmed on finer pixels; the best of each template name."""
         best: dict[str, Match] = {}
         for y, x, window in _windows(octave_HW):
@@ -117,7 +121,7 @@ class Likeness:
                 moved = Match(
                     template.name, candidate[0], candidate[1] + y, candidate[2] + x, *template.shape
                 )
-                match = _confirmed(moved, template, finer)
+                match = _confirmed(moved, template, finer, least)
                 if match is not None and (match.name not in best or best[match.name].score < match.score):
                     best[match.name] = match
         return list(best.values())
@@ -148,11 +152,11 @@ class Likeness:
                 yield (value, y, x), template
 
 
-def _views(picture: SidePicture) -> Iterator[tuple[str, F32_HW]]:
+def _views(picture: SidePicture, *, ends: bool) -> Iterator[tuple[str, F32_HW]]:
     pixels_HW = grey(picture.pixels_HWC)
     yield picture.name, pixels_HW
     height, width = pixels_HW.shape
-    if max(height, width) >= _ELONGATED * min(height, width):
+    if ends and max(height, width) >= _ELONGATED * min(height, width):
         side = min(height, width)
         yield f"{picture.name} (one end)", pixels_HW[:side, :side]
         yield f"{picture.name} (other end)", pixels_HW[-side:, -side:]
@@ -219,7 +223,7 @@ def from_octaves(octaves: Sequence[F32_HW], number: int) -> Finer:
     return finer
 
 
-def _confirmed(found: Match, template: _Template, finer: Finer) -> Match | None:
+def _confirmed(found: Match, template: _Template, finer: Finer, least: float) -> Match | None:
     """The match with its fine correlation, None where the finer pixels do not bear it out."""
     margin = 0.12 * max(found.height, found.width) + 1
     for factor in (4.0, 2.0):
@@ -233,7 +237,7 @@ def _confirmed(found: Match, template: _Template, finer: Finer) -> Match | None:
             _fine_score(place, template.source_HW, found.height * factor * s, found.width * factor * s)
             for s in (0.9, 0.94, 0.97, 1.0, 1.03, 1.06, 1.1)
         )
-        if score >= _FINE:
+        if score >= least:
             return Match(found.name, score, found.y, found.x, found.height, found.width)
         return None
     return None

@@ -1,9 +1,9 @@
 """Looks for the side pictures of a slide in the decoded pixels of an output.
 
 Two searches. *Exact runs*: ``_RUN`` pixels of a row of the side picture, in every level and picture; where
-these are stored without loss, any part that holds one such run unscaled is found. *Likeness*: scaled and coded
-copies of the whole picture, in every picture and level (``likeness``). In a large level the smallest copy that
-is found grows with the level; ``least_copy`` says to what.
+these are stored without loss, any part that holds one such run unscaled is found. *Likeness*: scaled and
+coded copies of the whole picture, in every picture and level (``likeness``). In a large level the smallest
+copy that is found grows with the level; ``least_copy`` says to what.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ _RUN, _DIVERSE, _RUNS_A_PICTURE = 24, 8, 256
 _IN_MEMORY = 4_000_000
 _FACTORS = ((256_000_000, 4), (4_000_000_000, 8))
 _HUGE = 16
+_ALIKE = 0.6
+"""Correlation with the scan itself from which a view says nothing; below that of a copy, to be safe."""
+_PANEL, _MARGIN = 460, 14
 
 
 def least_copy(area: int) -> int:
@@ -35,20 +38,19 @@ def least_copy(area: int) -> int:
 class PixelSearch:
     """Searches for ``pictures``; ``pixels`` counts what was looked at.
 
-    What the scan itself shows cannot be told from a copy (a macro shows the tissue too): such views are
-    found by the same search in ``scan`` and left out; ``left_out`` names them.
+    What the scan itself shows cannot be told from a copy (a macro shows the tissue too): views that look a
+    little like ``scan``, on paper as in a QC picture, are left out; ``left_out`` names them.
     """
 
     def __init__(self, pictures: Sequence[SidePicture], scan: Slide) -> None:
-        likeness = Likeness(pictures)
         self.pixels = 0
         self._runs = [(p.name, run) for p in pictures for run in _exact_runs(p.pixels_HWC)]
         self._searcher = Searcher([run[:, 1].tobytes() for _, run in self._runs])
-        self._likeness = likeness
-        shown = {name for level in _overviews(scan) for name, _ in self._scaled(scan, level)}
-        self.left_out = tuple(sorted(shown))
+        likeness = Likeness(pictures)
+        own = _overview(scan)
+        shown = likeness.in_picture(own, _ALIKE) + likeness.in_picture(_on_paper(own), _ALIKE)
+        self.left_out = tuple(sorted({match.name for match in shown}))
         self._likeness = likeness.without(self.left_out)
-        self.pixels = 0
 
     def in_picture(self, pixels_HWC: U8_HWC) -> Iterator[tuple[str, str]]:
         """(picture, how it was found) in one decoded picture, [H, W, 3] uint8."""
@@ -115,10 +117,28 @@ def _described(matches: Sequence[Match]) -> Iterator[tuple[str, str]]:
         yield match.name, f"scaled, correlation {match.score:.2f}"
 
 
-def _overviews(scan: Slide) -> list[int]:
-    """The largest level that fits into memory, or else the smallest that there is."""
-    small = [i for i, level in enumerate(scan.levels) if level.size.area <= _IN_MEMORY]
-    return small[:1] or [len(scan.levels) - 1]
+def _overview(scan: Slide) -> U8_HWC:
+    """The scan, at most ``_PANEL`` px long, from the coarsest level that has so many."""
+    sizes = [level.size for level in scan.levels]
+    level = max((i for i, s in enumerate(sizes) if max(s.height, s.width) >= _PANEL), default=0)
+    size = sizes[level]
+    factor = max(1, -(-max(size.height, size.width) // _PANEL))
+    strip = max(1, _IN_MEMORY // (size.width * factor)) * factor
+    rows = []
+    for y in range(0, size.height - factor + 1, strip):
+        height = min(strip, size.height - y) // factor
+        pixels_HWC = scan.read_level(level, Region(y, 0, height * factor, size.width))
+        rows.append(cv2.resize(pixels_HWC, (size.width // factor, height), interpolation=cv2.INTER_AREA))
+    return np.concatenate(rows)
+
+
+def _on_paper(picture_HWC: U8_HWC) -> U8_HWC:
+    """Two copies side by side on white paper, framed by a thin line, as in our QC pictures."""
+    framed = np.pad(picture_HWC, ((1, 1), (1, 1), (0, 0)), constant_values=190)
+    gap = ((_MARGIN // 2,) * 2,) * 2
+    single = np.pad(framed, (*gap, (0, 0)), constant_values=255)
+    margin = ((2 * _MARGIN,) * 2,) * 2
+    return np.pad(np.concatenate([single, single], axis=1), (*margin, (0, 0)), constant_values=255)
 
 
 def _exact_runs(pixels_HWC: U8_HWC) -> list[U8_HWC]:

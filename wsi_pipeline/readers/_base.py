@@ -45,6 +45,10 @@ FOREIGN_ERRORS: tuple[type[BaseException], ...] = (
     EOFError, MemoryError, SyntaxError, AssertionError, BufferError, struct.error, zlib.error,
 )  # fmt: skip
 
+MAX_SIDE = 1 << 20
+MAX_AREA = 1 << 38
+"""No glass slide has more pixels along a side, or in all, at 0.1 um a pixel; damaged headers claim more."""
+
 _COMPOUND_ENDINGS = (".ome.tif", ".ome.tiff", ".ome.btf", ".ome.zarr")
 
 
@@ -98,8 +102,21 @@ class LazySlide(abc.ABC):
             with self._lock:
                 handle = self._handle
                 if handle is None or handle[0] != os.getpid():
-                    handle = self._handle = (os.getpid(), self._open())
+                    opened = self._open()
+                    self._refuse_absurd_extents(opened.facts.sizes)
+                    handle = self._handle = (os.getpid(), opened)
         return handle[1]
+
+    def _refuse_absurd_extents(self, sizes: Sequence[Size]) -> None:
+        """Memory and time follow the extent, whatever the file holds; raises UnsupportedSlideError."""
+        for index, size in enumerate(sizes):
+            sides = (size.height, size.width)
+            if min(sides) < 1 or max(sides) > MAX_SIDE or size.area > MAX_AREA:
+                raise UnsupportedSlideError(
+                    f"{file_name(self._path)}: level {index} claims {size.height} x {size.width} px, as no "
+                    "slide has; the file is damaged, copy it again from its source",
+                    slide_id=self.slide_id,
+                )
 
     @property
     def path(self) -> str:

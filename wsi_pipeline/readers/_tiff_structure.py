@@ -21,6 +21,7 @@ import tifffile
 from wsi_pipeline.core.geometry import Size, ceil_div
 from wsi_pipeline.errors import UnsupportedSlideError
 from wsi_pipeline.readers._base import NotThisReaderError
+from wsi_pipeline.readers._tiff_limits import refuse_absurd_counts
 from wsi_pipeline.readers.mpp import (
     MppClaim,
     mpp_from_length,
@@ -41,6 +42,9 @@ _CODECS = frozenset({1, 5, 7, 8, 32946, 32773, 33005, 34712, 50000, 50001, 50002
 _IMAGE_CODECS = frozenset({7, 33005, 34712, 50001, 50002})
 _MAX_SEGMENT_BYTES = 1 << 30
 _MAX_ASPECT_ERROR = 0.05
+# Sparse files lack tiles of glass; a large image that lacks all but one of so many was damaged.
+_SPARSE_PIXELS = 1 << 26
+_SPARSE_TILES = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +82,7 @@ def parse_tiff(tiff: tifffile.TiffFile, name: str, slide_id: str) -> TiffStructu
     Raises NotThisReaderError (another reader may try), UnsupportedSlideError (nobody should), and whatever
     tifffile throws at a damaged file.
     """
+    refuse_absurd_counts(tiff, name, slide_id)
     page = tiff.pages.first
     for flag in _VENDOR_FLAGS:
         if getattr(tiff, flag, False) or getattr(page, flag, False):
@@ -147,6 +152,13 @@ def _page_level(page: Any, name: str, slide_id: str) -> PageLevel:
             f"{min(len(offsets), len(counts))} listed; the file is damaged, copy it again from its source",
             slide_id=slide_id,
         )
+    stored = int(np.count_nonzero(counts))
+    if size.area > _SPARSE_PIXELS and stored * _SPARSE_TILES < grid.area * planes:
+        raise UnsupportedSlideError(
+            f"{name}: of {grid.area * planes} tiles for {size.height} x {size.width} px, {stored} hold data; "
+            "the file is damaged, copy it again from its source",
+            slide_id=slide_id,
+        )
     return PageLevel(
         size=size,
         segment=segment,
@@ -198,7 +210,7 @@ def _refuse_foreign_pixels(page: Any, name: str, slide_id: str) -> None:
 def _claims(tiff: tifffile.TiffFile, page: Any, image: int) -> Iterator[MppClaim]:
     """Statements on the pixel size, the vendor's first."""
     description = str(page.description or "")
-    fields = dict(re.findall(r"\|\s*([\w ]+?)\s*=\s*([^|]*)", description)) if page.is_svs else {}
+    fields = _aperio_fields(description) if page.is_svs else {}
     if page.is_svs:
         if "MPP" in fields:
             mpp = parse_number(fields["MPP"])
@@ -215,6 +227,12 @@ def _claims(tiff: tifffile.TiffFile, page: Any, image: int) -> Iterator[MppClaim
     if "AppMag" in fields:
         mpp = mpp_from_objective(parse_number(fields["AppMag"]))
         yield MppClaim("objective power", (mpp, mpp), nominal=True)
+
+
+def _aperio_fields(description: str) -> dict[str, str]:
+    """``KEY = value`` between bars. Split, not matched: a pattern needs minutes for a long run of spaces."""
+    parts = (part.partition("=") for part in description.split("|")[1:])
+    return {key.strip(): value.strip() for key, equals, value in parts if equals}
 
 
 def ome_claims(xml: str, image: int) -> Iterator[MppClaim]:

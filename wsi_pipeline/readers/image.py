@@ -7,6 +7,7 @@ Why the resolution in the file is ignored. The DPI of a PNG or JPEG is for print
 from __future__ import annotations
 
 import io
+import os
 import threading
 import warnings
 from collections.abc import Callable
@@ -37,6 +38,9 @@ from wsi_pipeline.readers._source import file_name, open_source, remote_errors, 
 __all__ = ["ImageSlide", "picture_size"]
 
 MAX_PIXELS = 1 << 30
+# A larger picture that packs its pixels this well is a bomb: tissue needs a byte for ten pixels or fewer.
+_SUSPECT_PIXELS = 1 << 26
+_SUSPECT_PIXELS_A_BYTE = 100
 # Opened by their class: Image.open compares sizes with a process-wide limit of PIL (89 megapixels), ours is
 # checked here, before a pixel is decoded.
 _OPENERS: tuple[tuple[bytes, Callable[[IO[bytes]], ImageFile.ImageFile]], ...] = (
@@ -86,7 +90,7 @@ def picture_size(path: str | Path) -> Size:
             f"{name}: the picture cannot be opened ({reason(error)}); copy it again from its source",
             slide_id=slide_id,
         ) from error
-    _refuse(picture, name, slide_id)
+    _refuse(picture, os.path.getsize(path), name, slide_id)
     width, height = picture.size
     return Size(width, height) if turned else Size(height, width)
 
@@ -103,7 +107,7 @@ class _ImageHandle:
                 raise NotThisReaderError(f"{name}: image: not a PNG, JPEG or TIFF", slide_id=slide_id)
         except (*FOREIGN_ERRORS, *remote_errors()) as error:
             raise NotThisReaderError(f"{name}: image: {reason(error)}", slide_id=slide_id) from error
-        _refuse(picture, name, slide_id)
+        _refuse(picture, len(data), name, slide_id)
         profile = picture.info.get("icc_profile")
         try:
             self._pixels_HWC = _quietly(lambda: _decode(picture))
@@ -137,10 +141,16 @@ def _identify(data: bytes) -> ImageFile.ImageFile | None:
     return None
 
 
-def _refuse(picture: ImageFile.ImageFile, name: str, slide_id: str) -> None:
+def _refuse(picture: ImageFile.ImageFile, nbytes: int, name: str, slide_id: str) -> None:
     width, height = picture.size
+    pixels = width * height
     problem = None
-    if width * height > MAX_PIXELS:
+    if pixels > max(_SUSPECT_PIXELS, _SUSPECT_PIXELS_A_BYTE * nbytes):
+        problem = (
+            f"{height} x {width} px are claimed in {nbytes} bytes; the file is damaged, copy it again from "
+            "its source"
+        )
+    elif pixels > MAX_PIXELS:
         problem = (
             f"{height} x {width} px is over the limit of a gigapixel for pictures that are decoded whole; "
             "convert it first: vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg --bigtiff"

@@ -7,7 +7,8 @@ every statement that it finds as an ``MppClaim``; ``settle_mpp`` judges:
 
 1. An override (``--mpp`` or a row of the table) wins and is recorded as the origin.
 2. Claims outside ``PLAUSIBLE`` are thrown out (352.78 um is 72 dpi, 264.58 um is 96 dpi, 25400 um is
-   "1 per inch"): they describe paper, not glass. The error says what they were.
+   "1 per inch"): they describe paper, not glass. So are pixels more than four times as long as wide. The
+   error says what they were.
 3. *Measured* claims (vendor property, OME-XML, TIFF resolution) must agree within 5 % on both axes.
 4. *Nominal* claims (objective power P, taken as 10/P um) are used only when nothing measured exists. 40x
    scanners span 0.22 to 0.28 um and 20x scanners 0.45 to 0.55, so a nominal claim contradicts a measured
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 PLAUSIBLE = (0.02, 20.0)
+MAX_STRETCH = 4.0
 MEASURED_TOLERANCE = 0.05
 NOMINAL_RATIO = 1.4
 
@@ -92,8 +94,9 @@ def mpp_from_objective(power: float) -> float:
 
 
 def plausible(mpp: Mpp) -> bool:
-    """Whether both axes lie in the range of microscopes (0.02 to 20 um per pixel)."""
-    return all(math.isfinite(value) and PLAUSIBLE[0] <= value <= PLAUSIBLE[1] for value in mpp)
+    """Whether both axes lie in the range of microscopes (0.02 to 20 um per pixel) and near each other."""
+    inside = all(math.isfinite(value) and PLAUSIBLE[0] <= value <= PLAUSIBLE[1] for value in mpp)
+    return inside and max(mpp) <= MAX_STRETCH * min(mpp)
 
 
 def settle_mpp(claims: Iterable[MppClaim], *, override: MppClaim | None, slide_id: str) -> tuple[Mpp, str]:

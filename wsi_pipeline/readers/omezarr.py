@@ -11,19 +11,22 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from zarr.storage import FsspecStore, LocalStore
+from zarr.storage import FsspecStore
 
 from wsi_pipeline.core.geometry import Region, Size, ceil_div
 from wsi_pipeline.core.protocols import U8_HWC
 from wsi_pipeline.errors import CorruptRegionError, SlideError, UnsupportedSlideError
+from wsi_pipeline.readers import _zarr_codecs  # noqa: F401  takes the place of zarr's Blosc
 from wsi_pipeline.readers._base import FOREIGN_ERRORS, Facts, Handle, LazySlide, NotThisReaderError, reason
 from wsi_pipeline.readers._cache import TILE_CACHE, cache_token
 from wsi_pipeline.readers._source import file_name, is_remote, remote_errors
+from wsi_pipeline.readers._zarr_store import CheckedStore, read_small, regular_size
 from wsi_pipeline.readers.mpp import MppClaim, mpp_from_length
 
 __all__ = ["OmeZarrSlide"]
@@ -32,6 +35,9 @@ _MIN_CELL = 256
 _MAX_CHUNK_BYTES = 1 << 30
 _SAMPLED_FILES = 64
 _SAMPLED_BYTES = 4096
+_MAX_STRETCH = 0.05
+_SPARSE_CHUNKS = 1000
+"""Sparse stores lack chunks; one that lacks all but one of so many was damaged."""
 
 
 class OmeZarrSlide(LazySlide):
@@ -60,7 +66,7 @@ class _OmeZarrHandle:
             store = (
                 FsspecStore.from_url(path, read_only=True)
                 if is_remote(path)
-                else LocalStore(path, read_only=True)
+                else CheckedStore(path, read_only=True)
             )
             group = zarr.open_group(store, mode="r")
             attributes = dict(group.attrs)
@@ -82,8 +88,12 @@ class _OmeZarrHandle:
             Size(*(chunk * ceil_div(_MIN_CELL, chunk) for chunk in (array.chunks[y], array.chunks[x])))
             for array in self._arrays
         ]
+        sizes = tuple(Size(array.shape[y], array.shape[x]) for array in self._arrays)
+        self._refuse_foreign_levels(sizes)
+        if not is_remote(path):
+            self._refuse_empty(path)
         self.facts = Facts(
-            sizes=tuple(Size(array.shape[y], array.shape[x]) for array in self._arrays),
+            sizes=sizes,
             claims=claims,
             identity=identity,
             icc_profile=profile,
@@ -100,10 +110,40 @@ class _OmeZarrHandle:
             problem = f"a stack {shape}; extract one plane"
         elif min(shape.values()) < 1:
             problem = f"an empty array {shape}"
+        elif min(array.chunks) < 1:
+            problem = f"chunks {array.chunks} without extent"
         elif math.prod(array.chunks) > _MAX_CHUNK_BYTES:
             problem = f"chunks {array.chunks} of over a gigabyte; rewrite it with chunks of 512 or 1024"
         if problem is not None:
             raise UnsupportedSlideError(f"{self._name}: {problem}", slide_id=self._slide_id)
+
+    def _refuse_foreign_levels(self, sizes: tuple[Size, ...]) -> None:
+        """Levels show the same picture, each smaller than the one before; a damaged shape shows here."""
+        base = sizes[0]
+        for last, size in pairwise(sizes):
+            stretch = (base.height / size.height) / (base.width / size.width)
+            slack = _MAX_STRETCH + 1 / size.height + 1 / size.width  # rounding of small levels
+            shrinks = size.area < last.area or size.area == 1
+            if not shrinks or abs(stretch - 1) > slack:
+                raise UnsupportedSlideError(
+                    f"{self._name}: a level of {size.height} x {size.width} px does not follow one of "
+                    f"{last.height} x {last.width}; the metadata are damaged, copy it again from its source",
+                    slide_id=self._slide_id,
+                )
+
+    def _refuse_empty(self, path: str) -> None:
+        for array in self._arrays:
+            stored = getattr(array, "shards", None) or array.chunks
+            claimed = math.prod(map(ceil_div, array.shape, stored))
+            if claimed > _SPARSE_CHUNKS:
+                folder = os.path.join(path, array.path)
+                found = sum(len(files) for _, _, files in os.walk(folder))
+                if found * _SPARSE_CHUNKS < claimed:
+                    raise UnsupportedSlideError(
+                        f"{self._name}: {claimed} chunks are claimed, {found} files are there; the metadata "
+                        "are damaged or the copy is incomplete, copy it again from its source",
+                        slide_id=self._slide_id,
+                    )
 
     def read(self, level: int, region: Region) -> U8_HWC:
         cell = self._cells[level]
@@ -144,7 +184,7 @@ class _OmeZarrHandle:
 def _profile(path: str) -> bytes | None:
     """NGFF has no place for an ICC profile; the pipeline's own outputs carry it as a file of this name."""
     try:
-        return None if is_remote(path) else (Path(path) / "profile.icc").read_bytes()
+        return None if is_remote(path) else read_small(Path(path) / "profile.icc")
     except FileNotFoundError:
         return None
 
@@ -202,11 +242,14 @@ def _identity(path: str, attributes: Mapping[str, Any], arrays: list[Any]) -> st
         )
         digest.update(f"{len(names)}\n".encode())
         for name in names[:: max(len(names) // _SAMPLED_FILES, 1)]:
+            regular_size(os.path.join(path, name))
             with open(os.path.join(path, name), "rb") as file:
                 digest.update(f"{name}\0{os.fstat(file.fileno()).st_size}\n".encode())
                 digest.update(file.read(_SAMPLED_BYTES))
         ledger = os.path.join(path, "ledger", "ledger.jsonl")
         if os.path.exists(ledger):
+            regular_size(ledger)
             with open(ledger, "rb") as file:
-                digest.update(file.read())
+                while part := file.read(1 << 20):
+                    digest.update(part)
     return digest.hexdigest()

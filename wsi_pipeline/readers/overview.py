@@ -11,6 +11,7 @@ import numpy as np
 from wsi_pipeline.core.geometry import Mpp, Region
 from wsi_pipeline.core.protocols import U8_HWC, Slide
 from wsi_pipeline.core.tissue import THUMBNAIL_MPP
+from wsi_pipeline.errors import UnsupportedSlideError
 from wsi_pipeline.readers.array import ArraySlide
 from wsi_pipeline.readers.lattice import IccMode, SlideView
 
@@ -20,6 +21,8 @@ OVERVIEW_PIXELS = 4e6
 OVERVIEW_MPP = 2.0
 """The overview has about this many pixels, but is no finer than this, in µm."""
 OVERVIEW_STRIP = 128
+LARGEST_FLAT = 1 << 35
+"""Pixels of a level that are read for an overview, a few minutes; a pyramid has a smaller level."""
 NEAR_ENOUGH = 0.1
 """A pixel size that is off by this share is not worth a resampling."""
 
@@ -29,10 +32,18 @@ def read_overview(slide: Slide, *, icc: IccMode, threads: int = 1) -> tuple[U8_H
 
     The generator prepares on it and tissue detection on a reduction of it. Why finer than detection
     needs: at 8 µm nuclei average out, so their stain is underestimated and comes out pale (her2st C2:
-    99th percentile of haematoxylin 0.73 of the palette's from 8 µm, 0.95 from 2 µm).
+    99th percentile of haematoxylin 0.73 of the palette's from 8 µm, 0.95 from 2 µm). Raises
+    UnsupportedSlideError where no level is small enough to be read whole.
     """
     finest = max(math.sqrt(_area_um2(slide) / OVERVIEW_PIXELS), OVERVIEW_MPP)
     view = SlideView(slide, halvings(slide.mpp, finest), icc=icc)
+    flat = slide.levels[view.level].size
+    if flat.area > LARGEST_FLAT:
+        raise UnsupportedSlideError(
+            f"{slide.slide_id}: {flat.height} x {flat.width} px without a reduced level to look at; convert "
+            "it first: vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg --bigtiff",
+            slide_id=slide.slide_id,
+        )
     overview_HWC = np.empty((view.size.height, view.size.width, 3), np.uint8)
 
     def read(y: int) -> None:

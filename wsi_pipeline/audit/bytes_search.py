@@ -1,8 +1,8 @@
 """Searches pieces of bytes for texts and coded runs, and decides which hits count.
 
 Random bytes hold every short text somewhere. So in what is no text (pixels, coded tiles) a text of fewer than
-8 bytes counts only inside a run of at least 24 printable bytes: by chance that is one false alarm in about
-10^15 bytes; a word of 5 letters alone would be one in 10^10.
+8 bytes counts only inside a run of at least 24 printable bytes: a word of 5 letters alone stands once in some
+10^10 random bytes, in such a run less than once in 10^17. Longer texts count wherever they stand.
 """
 
 from __future__ import annotations
@@ -78,11 +78,12 @@ class BytesSearch:
         owner = self._of[hit.pattern]
         if isinstance(owner, str):
             return True
-        if owner.whole_word:
+        sure = hit.stop - hit.start >= _SURE
+        if owner.whole_word and (text or not sure):
             before, after = data[max(hit.start - 1, 0) : hit.start], data[hit.stop : hit.stop + 1]
             if (before and before[0] in _LETTERS) or (after and after[0] in _LETTERS):
                 return False
-        return text or hit.stop - hit.start >= _SURE or _printable_around(data, hit) >= _PRINTABLE_RUN
+        return text or sure or _printable_around(data, hit) >= _PRINTABLE_RUN
 
 
 def _spellings(text: str) -> set[bytes]:

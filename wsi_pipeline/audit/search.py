@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -43,8 +44,7 @@ class Searcher:
         if any(len(pattern) < _KEY for pattern in folded):
             raise ValueError("a pattern has at least four bytes")
         self.longest = max(map(len, folded), default=0)
-        usual = fold(own_text().encode())
-        counts = Counter(usual[i : i + _KEY] for i in range(len(usual) - _KEY + 1))
+        counts = _usual_keys()
         self._by_key: dict[int, list[tuple[int, int, bytes]]] = defaultdict(list)
         for number, pattern in enumerate(folded):
             at = min(range(len(pattern) - _KEY + 1), key=lambda i: _commonness(pattern[i : i + _KEY], counts))
@@ -71,9 +71,17 @@ class Searcher:
             count = (len(data) - shift) // _KEY
             words = data[shift : shift + count * _KEY].view("<u4").astype(np.uint32, copy=False)
             places = np.flatnonzero(self._table.take(_hashed(words)))
-            places = places[np.isin(words[places], self._keys)]
+            keys = words[places]
+            nearest = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+            places = places[self._keys[nearest] == keys]
             positions.append(places * _KEY + shift)
         return [int(one) for one in np.concatenate(positions)]
+
+
+@lru_cache(maxsize=1)
+def _usual_keys() -> Counter[bytes]:
+    usual = fold(own_text().encode())
+    return Counter(usual[i : i + _KEY] for i in range(len(usual) - _KEY + 1))
 
 
 def _hashed(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
@@ -86,12 +94,15 @@ def _commonness(key: bytes, counts: Counter[bytes]) -> tuple[int, int]:
 
 
 def wide_texts(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Runs of four characters or more in UTF-16, either order, as (position, UTF-8); Latin-1 only."""
+    """Runs of four characters or more in UTF-16, either order, as (position, UTF-8); Latin-1 only.
+
+    Each comes twice: in the big-endian order the last character has no zero behind it, so it is added once.
+    """
     values = np.frombuffer(data, np.uint8)
     if len(values) < 8:
         return
     pairs = (values[:-1] >= 0x20) & (values[1:] == 0)
-    starts = pairs[:-6] & pairs[2:-4] & pairs[4:-2] & pairs[6:]
+    starts = pairs[:-4] & pairs[2:-2] & pairs[4:]
     last = -1
     for start in np.flatnonzero(starts):
         if start < last:
@@ -100,4 +111,5 @@ def wide_texts(data: bytes) -> Iterator[tuple[int, bytes]]:
         while stop < len(pairs) and pairs[stop]:
             stop += 2
         last = stop
-        yield int(start), data[int(start) : stop : 2].decode("latin-1").encode()
+        for end in (stop, stop + 1):
+            yield int(start), data[int(start) : end : 2].decode("latin-1").encode()

@@ -3,11 +3,12 @@
 Rules, each for a reason:
 
 - A *phrase* is a part of a value (parts end at ``|``, ``;``, ``=``, line ends, tags of XML) of 8 characters
-  or more with two words at least, unless the program itself writes that very phrase.
+  or more with two words at least, one of them none of the program's own, or three, unless the program
+  itself writes that very phrase.
 - A *word* has 4 letters or more and is none of the program's own words. Shorter ones (Kim, Lee) are found
   inside their phrases only: alone they stand in every text.
-- A *code* has letters and digits, or digits and separators, at least 5 of them: barcodes, accession numbers,
-  serial numbers, dates, UIDs. Sizes (``240x240``), versions and DICOM's own UIDs are none.
+- A *code* has letters and digits, 5 characters at least, or 6 digits with separators: barcodes, accession
+  numbers, serial numbers, dates, UIDs. Sizes (``240x240``), versions and DICOM's own UIDs are none.
 - A *number* has 6 digits or more and is no size of the slide's levels. Decimal numbers and lists of numbers
   are measurements.
 - Names of fields (``ScanScope ID``, tags of XML) are the vendor's vocabulary; their values are what counts.
@@ -118,6 +119,8 @@ def _tells(part: str, words: list[str]) -> bool:
     """Whether a phrase says something: more than numbers, and nothing that the program writes itself."""
     if all(_is_measure(word) or len(word) < 3 for word in words) and not any(map(str.isalpha, words)):
         return False
+    if len(words) < 3 and all(word.casefold() in own_words() for word in words):
+        return False
     return any(word.isalpha() for word in words) and part.casefold() not in own_text()
 
 
@@ -145,7 +148,9 @@ def _is_secret(token: str, common: set[str], sizes: Collection[int]) -> bool:
             common.add(folded)
             return False
         return True
-    return letters + digits >= 5 and folded not in own_words()
+    if not letters and digits < 6:
+        return False
+    return letters + digits >= 4 and len(folded) >= 5 and folded not in own_words()
 
 
 def _windows(text: str) -> Iterator[str]:

@@ -95,7 +95,5 @@ def test_three_hundred_slides_leave_memory_and_files_flat(tmp_path: Path) -> Non
     for name, column in (("parent RSS", 1), ("parent files", 2), ("worker RSS", 3), ("worker files", 4)):
         early = max(line[column] for line in looks[third : 2 * third])
         late = max(line[column] for line in looks[2 * third :])
-        print(
-            f"\n{name}: {early / 1e6 if 'RSS' in name else early:.0f} then {late / 1e6 if 'RSS' in name else late:.0f}"
-        )
+        print(f"\n{name}: {early:,} then {late:,}")
         assert late <= early * 1.1 + (2 if "files" in name else 8e6)

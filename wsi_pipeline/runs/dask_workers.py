@@ -49,7 +49,7 @@ class DaskWorkers:
                     n_workers=count,
                     threads_per_worker=slots,
                     processes=True,
-                    dashboard_address=None,
+                    dashboard_address=":0",  # any free port: two runs must not quarrel over one
                     memory_limit=memory // count if memory else 0,
                     silence_logs=50,
                 )
@@ -59,7 +59,7 @@ class DaskWorkers:
             else:
                 self._client = distributed.Client(scheduler, timeout=START_SECONDS)
             self._client.wait_for_workers(1, timeout=START_SECONDS)
-        except (OSError, ValueError, TimeoutError) as error:
+        except (OSError, ValueError, RuntimeError, TimeoutError) as error:
             raise ConfigError(
                 f"directory.scheduler: {scheduler or 'a local cluster'} does not answer or has no workers "
                 f"({error}); start one with `dask worker {scheduler or 'ADDRESS'} --nworkers 1`"

@@ -95,6 +95,16 @@ def test_a_folder_of_outputs_is_audited_whole(made: Path) -> None:
     assert result.files == sum(path.is_file() for path in (made / "out").rglob("*"))
 
 
+def test_the_folder_of_a_run_passes(made: Path, tmp_path: Path) -> None:
+    """A file that runs begin to write has to be made known to the audit."""
+    (tmp_path / "in").mkdir()
+    shutil.copy(made / "scan.svs", tmp_path / "in")
+    (tmp_path / "in" / "broken.svs").write_bytes(b"II*\0" + bytes(100))
+    done = run("convert", tmp_path / "in", "-o", tmp_path / "run", "-g", "identity", "--workers", "1")
+    assert done.returncode == 3, done.stderr
+    assert audit(tmp_path / "run", made).findings == ()
+
+
 def test_an_output_of_the_older_layout_passes(made: Path, tmp_path: Path) -> None:
     slide = open_slide(made / "scan.svs")
     convert_slide(slide, tmp_path / "old.ome.zarr", settings("0.4"))

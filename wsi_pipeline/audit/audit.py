@@ -50,6 +50,7 @@ _NOT_PROVEN = (
     "what the scan itself shows, such as writing on the glass beside the tissue, is part of every output",
     "parts of a label that were cut out, scaled and coded with loss",
 )
+_OTHER_FILES = "texts that only the other files of this DICOM series hold were not searched for"
 
 
 def audit_output(out: Path | str, slide: Path | str) -> AuditResult:
@@ -113,6 +114,7 @@ class _Audit:
             proven=_PROVEN,
             not_proven=(
                 *_NOT_PROVEN,
+                *([_OTHER_FILES] if self._path.lower().endswith(".dcm") else []),
                 f"scaled copies of fewer than {self._least} x {self._least} level pixels",
             ),
         )

@@ -59,8 +59,12 @@ class PixelSearch:
         yield from _described(self._likeness.in_picture(pixels_HWC))
 
     def in_level(self, slide: Slide, level: int) -> Iterator[tuple[str, str]]:
-        """The same in one level of a slide, window by window; raises SlideError where it cannot be read."""
-        yield from self._scaled(slide, level)
+        """The same in one level of a slide, window by window; raises SlideError where it cannot be read.
+
+        Nothing is read where there is nothing to search for.
+        """
+        if self._runs or self._likeness.names:
+            yield from self._scaled(slide, level)
 
     def _exact(self, pixels_HWC: U8_HWC) -> Iterator[tuple[str, str]]:
         green = np.ascontiguousarray(pixels_HWC[..., 1]).tobytes()

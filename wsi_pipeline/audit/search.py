@@ -1,7 +1,7 @@
 """Many byte patterns in one pass over many bytes.
 
 Why not ``re``: an alternation of a thousand patterns is tried one by one at each byte. Here numpy looks at
-each window of four bytes once, in a table of 2^20 flags; only where the table says yes are patterns compared.
+each window of four bytes once, in a table of 2^18 flags; only where the table says yes are patterns compared.
 Each pattern is entered by its four bytes that are rarest in ordinary text, so that text costs no more than
 noise. Bytes are folded before: ASCII letters to lower case, white space to spaces.
 """
@@ -21,7 +21,7 @@ from wsi_pipeline.audit.own import own_text
 __all__ = ["Hit", "Searcher", "fold", "wide_texts"]
 
 _KEY = 4
-_BITS = 20
+_BITS = 18
 _FACTOR = np.uint32(2654435761)
 _FOLD = bytes.maketrans(bytes(range(65, 91)) + b"\t\r\n\x0b\x0c", bytes(range(97, 123)) + b" " * 5)
 

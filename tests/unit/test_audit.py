@@ -76,7 +76,7 @@ def test_a_text_of_the_file_name_is_set_apart() -> None:
 
 
 def test_own_words_are_what_the_program_writes() -> None:
-    assert {"tissue", "manifest", "omero", "synthetic"} <= own_words()
+    assert {"tissue", "manifest", "omero", "synthetic", "freely"} <= own_words()
     assert not {"quillfeather", "vahadane", "kowalczyk"} & own_words()
 
 

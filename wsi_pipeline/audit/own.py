@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from wsi_pipeline.audit.texts import icc_texts
 from wsi_pipeline.readers.icc import srgb_profile
 from wsi_pipeline.writers.manifest import environment
 
@@ -35,7 +36,7 @@ _FORMATS = (
 @lru_cache(maxsize=1)
 def own_text() -> str:
     """Everything that the program can write, folded to lower case, one constant a line."""
-    pieces = [*_FORMATS, srgb_profile().decode("latin-1").replace("\0", "")]
+    pieces = [*_FORMATS, *icc_texts(srgb_profile())]
     for path in sorted(PACKAGE.rglob("*.py")):
         pieces += _constants(ast.parse(path.read_text(encoding="utf-8")))
     return "\n".join(pieces).casefold()

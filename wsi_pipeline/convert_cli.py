@@ -1,4 +1,4 @@
-"""``wsi-pipeline plan`` and ``convert``, of one slide or of many: parse, call one library function, render."""
+"""``wsi-pipeline plan`` and ``convert``, of one slide or many: parse, call one library function, render."""
 
 from __future__ import annotations
 

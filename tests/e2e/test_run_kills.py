@@ -100,7 +100,7 @@ def test_ctrl_c_stops_at_once_and_tells_how_to_go_on(
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 3
+    assert process.returncode == 130
     assert "run the same command again" in out + err
     assert json.loads((tmp_path / "run.json").read_text())["why"] == "stopped"
     assert {record.status for record in records(tmp_path).values()} <= {"queued", "done"}

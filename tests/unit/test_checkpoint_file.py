@@ -104,7 +104,11 @@ def test_code_in_a_file_is_refused_and_never_run(tmp_path: Path, form: str, prot
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("function", [eval, exec, open, os.mkdir, torch.load, torch.hub.load], ids=lambda function: function.__qualname__)
+@pytest.mark.parametrize(
+    "function",
+    [eval, exec, open, os.mkdir, torch.load, torch.hub.load],
+    ids=lambda function: function.__qualname__,
+)
 def test_other_calls_are_refused_too(tmp_path: Path, function: object) -> None:
     path = tmp_path / "model.pkl"
     torch.save({"a": Calls(function, str(tmp_path / "marker"))}, path)

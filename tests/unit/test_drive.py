@@ -163,6 +163,7 @@ def test_a_slide_that_kills_its_worker_is_tried_again_alone_then_failed(tmp_path
     def whole(given: SlideTask) -> SlideResult:
         if given.key == "bad":
             tries.append(given.config.run.threads)
+            (given.folder.beats / "bad.json").touch()
             raise WorkerDiedError("the worker died: SIGSEGV", alone=True)
         return result(given.key)
 

@@ -17,6 +17,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import pickle  # noqa: S403  between our own processes
 import signal
 import threading
 import traceback
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 from wsi_pipeline.errors import WorkerDiedError
@@ -192,12 +194,17 @@ class _Lane:
             ready = wait([connection, process.sentinel], LOOK_SECONDS)
             if connection in ready:
                 try:
-                    number, result, error = connection.recv()
+                    number, result, failure = connection.recv()
                 except (EOFError, OSError):
                     break
-                self._finished(number, result, error)
+                except Exception as error:  # whatever a foreign class does when it is unpickled
+                    self.kill(f"its answer cannot be read ({type(error).__name__})")
+                    break
+                self._finished(number, result, failure)
             elif process.sentinel in ready:
                 break
+            elif self._why:
+                break  # killed, and it does not end: a file system does not answer it
             elif self._memory is not None and _resident(process.pid) > self._memory:
                 self.kill(f"it needed more than the {self._memory / 2**20:.0f} MiB that a worker may take")
         process.join(JOIN_SECONDS)
@@ -275,6 +282,18 @@ def _cause(exitcode: int | None) -> str:
     return f"signal {-exitcode}"
 
 
+def _packed(number: int, result: Any, failure: BaseException | None) -> bytes:
+    """An answer as bytes that the parent can read; errors of foreign code often cannot be unpickled."""
+    try:
+        data = bytes(ForkingPickler.dumps((number, result, failure)))
+        if failure is not None:
+            pickle.loads(data)  # noqa: S301  our own bytes
+        return data
+    except Exception as error:
+        told = f"{type(result if failure is None else failure).__name__}: {failure} ({type(error).__name__})"
+        return bytes(ForkingPickler.dumps((number, None, RuntimeError(told))))
+
+
 def _serve(connection: Connection, slots: int) -> None:
     """The life of a lane's process: take calls until the parent closes the line or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's affair
@@ -289,13 +308,12 @@ def _serve(connection: Connection, slots: int) -> None:
             failure = error
             if not str(failure.__class__.__module__).startswith("wsi_pipeline"):
                 failure.add_note(traceback.format_exc())
+        data = _packed(number, result, failure)
         with sending:
             try:
-                connection.send((number, result, failure))
+                connection.send_bytes(data)
             except OSError:
                 os._exit(1)
-            except Exception as error:  # neither may refuse to be pickled
-                connection.send((number, None, RuntimeError(f"{failure or result!r}: {error}")))
 
     pool = ThreadPoolExecutor(slots, "call")
     while True:

@@ -7,6 +7,7 @@ one. No pixels and no weights pass through the scheduler.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
@@ -18,7 +19,7 @@ from wsi_pipeline.pipeline.executors import threads_of_a_worker
 
 __all__ = ["DaskWorkers"]
 
-START_SECONDS = 60
+START_SECONDS = 20
 AHEAD = 4
 """Calls that wait at the scheduler for each that runs: a round trip costs more than a small band."""
 
@@ -73,7 +74,13 @@ class DaskWorkers:
         self._alone = self._client.get_executor(pure=False, retries=0, resources=whole)
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, alone: bool = False) -> Future[Any]:
-        future: Future[Any] = (self._alone if alone else self._shared).submit(function, *arguments)
+        future: Future[Any]
+        try:
+            future = (self._alone if alone else self._shared).submit(function, *arguments)
+        except (OSError, RuntimeError, ValueError):  # the scheduler is gone
+            future = Future()
+            future.cancel()
+            future.set_running_or_notify_cancel()
         return future
 
     def died(self, error: BaseException) -> WorkerDiedError | None:
@@ -90,6 +97,9 @@ class DaskWorkers:
         return [worker.pid for worker in self._cluster.workers.values() if worker.pid]
 
     def stop(self) -> None:
-        self._client.close(timeout=5)
+        """A cluster that does not end in time ends with this process; the results are in already."""
+        with contextlib.suppress(TimeoutError, OSError):
+            self._client.close(timeout=5)
         if self._cluster is not None:
-            self._cluster.close(timeout=5)
+            with contextlib.suppress(TimeoutError, OSError):
+                self._cluster.close(timeout=5)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
 import shutil
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +22,8 @@ from wsi_pipeline.core.plan import Band
 from wsi_pipeline.errors import (
     CheckpointError,
     GeneratorContractError,
+    OutputError,
+    OutputExistsError,
     SlideError,
     StoppedError,
     WorkerDiedError,
@@ -37,6 +40,8 @@ from wsi_pipeline.runs.workers import Workers
 __all__ = ["Drive", "Tools"]
 
 TOLD_SECONDS = 1.0
+MOST_TRIES = 8
+"""After so many attempts that ended without its fault a slide is left to the next run."""
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +61,6 @@ class _Slide:
 
     task: SlideTask
     record: Record
-    deaths: int = 0
     suspect: bool = False
     ended: bool = False
     laid: Laid | None = None
@@ -69,6 +73,8 @@ class _Call:
     function: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
     beat: str = ""
+    deaths: int = 0
+    tries: int = 0
 
 
 @dataclass(slots=True)
@@ -117,12 +123,17 @@ class Drive:
         self._tell()
         return bool(self._open)
 
+    def holds(self, key: str) -> bool:
+        """Whether a slide is queued or in hand."""
+        return key in self._open
+
     def stop(self, reason: str) -> None:
-        """End all work; what is in hand or queued stays queued, with the reason."""
+        """End all work; what is in hand stays queued, with the reason. What waits is recorded as queued."""
         self.workers.stop()
         for slide in list(self._open.values()):
-            self._end(slide, "queued", reason)
-        for queue in (self._new, self._calls, self._waiting):
+            if slide.record.status == "running":
+                self._end(slide, "queued", reason)
+        for queue in (self._new, self._calls, self._waiting, self._open):
             queue.clear()
         self._flying.clear()
 
@@ -146,6 +157,7 @@ class Drive:
 
     def _hand_out(self, call: _Call) -> None:
         slide = call.slide
+        call.tries += 1
         future = self.workers.submit(call.function, slide.task, *call.arguments, alone=slide.suspect)
         self._flying[future] = call
 
@@ -153,7 +165,7 @@ class Drive:
         slide = call.slide
         if slide.ended:
             return
-        error = future.exception()
+        error = CancelledError() if future.cancelled() else future.exception()
         if error is not None:
             self._failed(call, error)
         elif call.function is self.tools.plan:
@@ -201,7 +213,9 @@ class Drive:
         if died is not None:
             self._died(call, died)
         elif isinstance(error, StoppedError):
-            self._end(slide, "queued", str(error))
+            self._stopped(call, error)
+        elif isinstance(error, OutputError) and not isinstance(error, OutputExistsError):
+            self._end(slide, "queued", " ".join(str(error).split()))  # it is not the slide's fault
         elif isinstance(error, WsiPipelineError):
             if isinstance(error, SlideError):  # a mended file is another slide: nothing to go on with
                 _clear(slide.task)
@@ -211,14 +225,31 @@ class Drive:
             told = " ".join(f"{type(error).__name__}: {error}".split())
             self._end(slide, "failed", f"unexpected error, please report ({told[:300]})")
 
+    def _stopped(self, call: _Call, error: StoppedError) -> None:
+        """A worker that took us for dead, after a pause of this machine, say, is told otherwise."""
+        try:
+            os.utime(call.slide.task.folder.lease)
+        except OSError:  # gone: the run is at its end
+            call.tries = MOST_TRIES
+        if call.tries < MOST_TRIES:
+            self._calls.append(call)
+        else:
+            self._end(call.slide, "queued", str(error))
+
     def _died(self, call: _Call, error: WorkerDiedError) -> None:
         slide = call.slide
+        beat = slide.task.folder.beats / f"{call.beat}.json"
+        began = beat.exists()  # what only waited in a worker's queue is not to blame
+        beat.unlink(missing_ok=True)
         hung = hang_told(slide.task.folder, call.beat)
         why = f"no progress for {slide.task.timeout:.0f} s, the read hangs" if hung else str(error)
-        if hung or error.alone:
-            slide.deaths += 1
-        if slide.deaths > self.retries:
-            times = f", {slide.deaths} times" if slide.deaths > 1 else ""
+        if hung or (error.alone and began):
+            call.deaths += 1
+        if call.tries >= MOST_TRIES:
+            self._end(slide, "queued", f"{why}; run the same command again")
+            return
+        if call.deaths > self.retries:
+            times = f", {call.deaths} times" if call.deaths > 1 else ""
             self._end(slide, "failed", f"{why}{times}")
             return
         log.warning("%s: %s; it is tried again", slide.record.source, why)

@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,8 +98,12 @@ class RunFolder:
             write_manifest(self.document, dict(document))
 
     def touch_lease(self, session: str) -> None:
-        """Tell the workers that this run's parent lives."""
+        """Tell the workers that this run's parent lives; needs no space on the disk after the first time."""
         with mapped(self.lease):
+            with suppress(OSError):
+                if self.lease.read_text(encoding="ascii") == session:
+                    os.utime(self.lease)
+                    return
             fresh = self.lease.with_suffix(".new")
             fresh.write_text(session, encoding="ascii")
             os.replace(fresh, self.lease)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from wsi_pipeline.runs.sizes import parse_size, show_size
 from wsi_pipeline.runs.staff import Staff
 from wsi_pipeline.writers.manifest import environment
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "deciding"]
 
 REPORT_SECONDS = 30.0
 
@@ -39,19 +40,31 @@ class Journal:
     @classmethod
     def begin(cls, folder: RunFolder, given: str, target: str, config: RunConfig) -> Journal:
         """Write ``run.json``; FingerprintMismatchError where the folder holds a run with other settings."""
-        decides = _decides(config)
+        decides = deciding(config)
         before = folder.read_document()
-        if before is not None and before["decides"] != decides:
+        if before is not None and before["decides"] != decides and any(folder.records.iterdir()):
             changed = ", ".join(sorted(_differing(before["decides"], decides)))
             raise FingerprintMismatchError(
                 f"{folder.root}: a run with other settings was begun there ({changed}); use its settings, "
                 "another folder, or --restart to forget it (outputs stay)",
                 path=folder.root,
             )
+        digest = hashlib.sha256(str(Path(given).absolute()).encode(errors="replace")).hexdigest()[:16]
+        if (
+            before is not None
+            and before.get("input_digest", digest) != digest
+            and any(folder.records.iterdir())
+        ):
+            raise FingerprintMismatchError(
+                f"{folder.root}: a run over another input ({before.get('input')}) was begun there; use that "
+                "input, another folder, or --restart to forget it (outputs stay)",
+                path=folder.root,
+            )
         now = datetime.now().isoformat(timespec="seconds")
         document = {
             "notice": "a run of wsi-pipeline over many slides; outputs are synthetic, not for diagnosis",
             "input": Path(given).name,
+            "input_digest": digest,
             "target": Path(target).name,
             "started": before["started"] if before else now,
             "resumed": now if before else None,
@@ -118,7 +131,7 @@ class Journal:
         write_report(self._folder.root, records, facts)
 
 
-def _decides(config: RunConfig) -> dict[str, Any]:
+def deciding(config: RunConfig) -> dict[str, Any]:
     """The settings that decide bytes of outputs, or their names."""
     conversion = asdict(config.conversion)
     del conversion["run"]

@@ -17,20 +17,20 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from wsi_pipeline.errors import ConfigError
+from wsi_pipeline.errors import ConfigError, OutputError
 from wsi_pipeline.pipeline.convert import Inspect
 from wsi_pipeline.pipeline.events import Notice
 from wsi_pipeline.runs.budgets import DiskBudget, folder_bytes
 from wsi_pipeline.runs.drive import Drive, Tools
-from wsi_pipeline.runs.events import RunEmit, ignore
+from wsi_pipeline.runs.events import RunEmit, SlideChanged, ignore
 from wsi_pipeline.runs.folder import RunFolder
 from wsi_pipeline.runs.found import stamp
 from wsi_pipeline.runs.inputs import Found, find_inputs
-from wsi_pipeline.runs.journal import Journal
+from wsi_pipeline.runs.journal import Journal, deciding
 from wsi_pipeline.runs.names import OutputNames, key_of
 from wsi_pipeline.runs.publish import exists_with, is_url
 from wsi_pipeline.runs.records import Record, Records
@@ -54,7 +54,7 @@ ENDINGS = {"zarr": ".ome.zarr", "tiff": ".ome.tif"}
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
     """How a run ended. ``counts``: files by status; ``why`` it stopped early, "" where it did not;
-    ``exit_code``: 0 all done, 3 some failed or were left."""
+    ``exit_code``: 0 all done, 3 some failed or were left, 130 stopped by Ctrl-C."""
 
     folder: Path
     counts: dict[str, int]
@@ -64,6 +64,8 @@ class RunResult:
 
     @property
     def exit_code(self) -> int:
+        if self.why == "stopped":
+            return 130
         return 3 if any(self.counts.get(status) for status in ("failed", "queued", "running")) else 0
 
 
@@ -90,7 +92,11 @@ def convert_many(
     deadline = parse_deadline(wishes.deadline, now) if wishes.deadline else None
     limit = parse_size(wishes.max_disk, "directory.max_disk") if wishes.max_disk else None
     folder = _folder(target, run_folder)
+    if wishes.watch and not Path(given).is_dir():
+        raise ConfigError(f"{given}: --watch looks at a folder; name one")
     found = find_inputs(given, links=wishes.links, exclude=folder.root, may_be_empty=wishes.watch)
+    if is_url(target):  # a missing package or key is told now, not after the first slide
+        exists_with(target, f"probe{ENDINGS[wishes.format]}", "")
     with folder.taken():
         if restart:
             _forget(folder)
@@ -129,7 +135,7 @@ def _loop(
 ) -> str:
     """Until all is done, the deadline comes or somebody stops it; returns why it ended early."""
     watching = config.directory.watch
-    settled, next_look = Settled(config.directory.settle), 0.0
+    settled, next_look, later = Settled(config.directory.settle), 0.0, list[Found]()
     try:
         while True:
             if deadline is not None and datetime.now() >= deadline - DEADLINE_MARGIN:
@@ -139,7 +145,7 @@ def _loop(
             journal.keep_up(clerk.records)
             if watching and time.monotonic() >= next_look:
                 next_look = time.monotonic() + RESCAN_SECONDS
-                clerk.register(settled.update(clerk.look(given), time.monotonic()), drive, gone=False)
+                later = clerk.watch(given, settled, later, drive, emit)
             elif not busy and not watching:
                 return ""
             if not busy:
@@ -167,9 +173,20 @@ class _Clerk:
     worker_config: RunConfig
     names: OutputNames
 
-    def look(self, given: str) -> list[Found]:
+    def watch(
+        self, given: str, settled: Settled, later: list[Found], drive: Drive, emit: RunEmit
+    ) -> list[Found]:
+        """Queue what is complete; returns what changed while it is converted, to be queued after that."""
         links = self.config.directory.links
-        return find_inputs(given, links=links, exclude=self.folder.root, may_be_empty=True)
+        try:
+            found = find_inputs(given, links=links, exclude=self.folder.root, may_be_empty=True)
+            ready = later + settled.update(found, time.monotonic())
+            busy = [one for one in ready if drive.holds(key_of(one.source))]
+            self.register([one for one in ready if one not in busy], drive, gone=False)
+            return busy
+        except (ConfigError, OutputError, OSError) as error:  # a share that is away for a while
+            emit(Notice(slide_id="run", message=f"{error}; looked at again in {RESCAN_SECONDS:.0f} s"))
+            return later
 
     def register(self, found: list[Found], drive: Drive, *, gone: bool) -> None:
         """Give each file its record and queue what is to be converted; ``gone``: drop what is no more."""
@@ -178,12 +195,24 @@ class _Clerk:
             for record in list(self.records):
                 if record.key not in here and record.status != "done":
                     self.records.drop(record.key)
+                    for path in self.folder.work.glob(f"{record.key}-*"):
+                        shutil.rmtree(path, ignore_errors=True)
+        again = 0
         for key, one in here.items():
             record = self._judged(key, one)
-            if record != self.records.get(key):
+            before = self.records.get(key)
+            if record != before:
                 self.records.put(record)
+                if record.status in ("failed", "skipped"):
+                    told = SlideChanged(source=record.source, status=record.status, reason=record.reason)
+                    drive.emit(told)
+            elif record.status == "failed":
+                again += 1
             if record.status == "queued":
                 drive.add(self._task(record, one), record)
+        if again:
+            message = f"{again} slides failed before and are not tried again; use --retry-failed"
+            drive.emit(Notice(slide_id="run", message=message))
 
     def _judged(self, key: str, one: Found) -> Record:
         before = self.records.get(key)
@@ -199,8 +228,10 @@ class _Clerk:
         if before is None or before.status in ("queued", "running"):
             return queued
         changed = before.stamp != now
+        if before.status == "failed" and before.result is not None and not self.overwrite:
+            return before  # it was converted once and changed since
         if before.status == "failed":
-            again = self.config.directory.retry_failed or changed
+            again = self.config.directory.retry_failed or self.overwrite or changed
             return queued if again else before
         if before.result is None or self.overwrite:  # it was no slide before, or is wanted anew
             return queued
@@ -211,7 +242,7 @@ class _Clerk:
             return queued
         if changed:
             why = "the slide changed after it was converted; use --overwrite to convert it again"
-            return replace(before, status="failed", reason=why)
+            return replace(before, status="failed", reason=why, stamp=now)
         if not there:
             why = f"{before.output}: another output stands there; move it away, or use --overwrite"
             return replace(before, status="failed", reason=why)
@@ -225,7 +256,7 @@ class _Clerk:
             roi=one.roi or conversion.input.roi,
         )
         conversion = replace(conversion, input=given, run=replace(conversion.run, workers=1))
-        decides = json.dumps([asdict(replace(conversion, run=self.config.run)), one.mpp, record.stamp])
+        decides = json.dumps([deciding(replace(self.config, input=given)), one.mpp, record.stamp])
         digest = hashlib.sha256(decides.encode()).hexdigest()[:8]
         inline = wishes.executor == "inline"
         return SlideTask(
@@ -251,6 +282,10 @@ class _Clerk:
 
 def _folder(target: str, run_folder: Path | None) -> RunFolder:
     if not is_url(target):
+        if target.lower().endswith((".ome.zarr", ".ome.tif", ".ome.tiff")):
+            raise ConfigError(
+                f"{target}: many slides go to a folder; name one with -o, and --format for TIFF"
+            )
         if run_folder is not None and run_folder.absolute() != Path(target).absolute():
             raise ConfigError(f"--run-dir {run_folder}: only for outputs to a URL; leave it out")
         return RunFolder(Path(target).absolute())

@@ -83,7 +83,11 @@ class Pulse:
         self._last = 0.0
         self._state = {"stage": "plan", "done": 0, "total": 0}
         self.warnings: list[str] = []
-        self.beat()
+        try:
+            self.beat()
+        except BaseException:
+            self.end()  # or the watchdog would end whoever comes next
+            raise
 
     def emit(self, event: Event) -> None:
         """Take an event of the conversion as a heartbeat."""
@@ -120,11 +124,16 @@ class Pulse:
         """Compares two dates of one file system, so that clocks of several machines do not matter."""
         try:
             session = self._lease.read_text(encoding="ascii")
-            age = self._beat.stat().st_mtime - self._lease.stat().st_mtime
-        except OSError:
-            session, age = "", 0.0
+        except FileNotFoundError:
+            session = ""
+        except OSError:  # a share that stumbles: the next beat looks again
+            return
         if session != self._session:
             raise StoppedError("the run was stopped, or another one has taken its place")
+        try:
+            age = self._beat.stat().st_mtime - self._lease.stat().st_mtime
+        except OSError:
+            return
         if age > LEASE_SECONDS:
             raise StoppedError(f"the run's parent has given no sign for {age:.0f} s")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -180,6 +182,52 @@ def test_a_table_says_its_own_pixel_size(tmp_path: Path) -> None:
     assert result is not None
     assert result.mpp == (0.25, 0.25)
     assert found["in/gone.svs"].status == "failed"
+
+
+def test_a_deadline_is_kept_and_the_next_run_goes_on(slides: Path, done: Path, tmp_path: Path) -> None:
+    result = run(slides, tmp_path, "directory.deadline=11s", "directory.executor=processes")
+    assert result.why == "deadline"
+    assert result.exit_code == 3
+    assert result.seconds < 11
+    assert not list(tmp_path.glob("*/*.ome.zarr"))
+    assert run(slides, tmp_path).counts == {"done": 2, "failed": 1, "skipped": 2}
+    assert contents(tmp_path) == contents(done)
+
+
+def test_watch_takes_what_is_complete_and_survives_the_folder_going_away(tmp_path: Path) -> None:
+    source, told = tmp_path / "in", []
+    make_slide(source / "a.ome.tif", 1)
+    whole = make_slide(tmp_path / "b.ome.tif", 2).read_bytes()
+
+    def scanner() -> None:
+        time.sleep(8)
+        source.rename(tmp_path / "away")
+        time.sleep(6)
+        (tmp_path / "away").rename(source)
+        with (source / "b.ome.tif").open("wb") as file:
+            for start in range(0, len(whole), len(whole) // 6 + 1):
+                file.write(whole[start : start + len(whole) // 6 + 1])
+                file.flush()
+                time.sleep(0.5)
+
+    thread = threading.Thread(target=scanner)
+    thread.start()
+    chosen = ("directory.watch=true", "directory.settle=2", "directory.deadline=55s")
+    result = run(source, tmp_path / "out", *chosen, emit=told.append)
+    thread.join()
+    assert result.why == "deadline"
+    assert result.counts == {"done": 2}
+    assert result.exit_code == 0
+    assert any("looked at again" in str(event) for event in told)
+
+
+def test_what_failed_before_is_told_again(slides: Path, tmp_path: Path) -> None:
+    told: list[object] = []
+    run(slides, tmp_path)
+    run(slides, tmp_path, emit=told.append)
+    assert any("--retry-failed" in str(event) for event in told)
+    with pytest.raises(FingerprintMismatchError, match="another input"):
+        run(slides / "a", tmp_path)
 
 
 @pytest.fixture

@@ -13,7 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsi_pipeline.errors import CheckpointError, CorruptRegionError, StoppedError, WorkerDiedError
+from wsi_pipeline.errors import (
+    CheckpointError,
+    CorruptRegionError,
+    OutputError,
+    StoppedError,
+    WorkerDiedError,
+)
 from wsi_pipeline.pipeline.settings import ConvertConfig
 from wsi_pipeline.runs.budgets import DiskBudget
 from wsi_pipeline.runs.drive import Drive, Tools
@@ -224,6 +230,53 @@ def test_what_was_stopped_stays_queued(tmp_path: Path) -> None:
         raise StoppedError("the run was stopped")
 
     assert driven(tmp_path, ["x"], Pretended(count=1), whole=whole)["x"].status == "queued"
+
+
+def test_a_worker_that_took_the_run_for_dead_is_told_otherwise(tmp_path: Path) -> None:
+    tries: list[str] = []
+
+    def whole(given: SlideTask) -> SlideResult:
+        tries.append(given.key)
+        given.folder.lease.touch()
+        if len(tries) == 1:
+            raise StoppedError("the run's parent has given no sign for 200 s")
+        return result(given.key)
+
+    assert driven(tmp_path, ["x"], Pretended(count=1), whole=whole)["x"].status == "done"
+
+
+def test_a_full_disk_fails_no_slide_but_leaves_it_to_the_next_run(tmp_path: Path) -> None:
+    def whole(given: SlideTask) -> SlideResult:
+        raise OutputError("x.ome.zarr: the disk is full", path="x.ome.zarr")
+
+    found = driven(tmp_path, ["x"], Pretended(count=1), whole=whole)
+    assert (found["x"].status, found["x"].reason) == ("queued", "x.ome.zarr: the disk is full")
+
+
+def test_what_only_waited_in_a_dead_workers_queue_is_not_to_blame(tmp_path: Path) -> None:
+    tries: list[str] = []
+
+    def whole(given: SlideTask) -> SlideResult:
+        tries.append(given.key)
+        if len(tries) < 5:
+            raise WorkerDiedError("the dask worker died", alone=True)  # and the slide never had a heartbeat
+        return result(given.key)
+
+    assert driven(tmp_path, ["x"], Pretended(count=1), whole=whole, retries=0)["x"].status == "done"
+
+
+def test_each_band_may_lose_a_worker_once(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def band(given: SlideTask, _: Any, rows: tuple[int, int]) -> None:
+        first = rows not in seen
+        seen.append(rows)
+        if first:
+            (given.folder.beats / f"{given.key}.{rows[0]}.json").touch()
+            raise WorkerDiedError("the worker died: SIGKILL", alone=True)
+
+    found = driven(tmp_path, ["x"], Pretended(count=3), band=band)
+    assert found["x"].status == "done"
 
 
 def test_weights_that_are_missing_stop_the_run(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: holds no settings, but a {type(document).__name__}")
-    if "notice" in document and isinstance(document.get("config"), dict):
+    if {"notice", "fingerprint"} & set(document) and isinstance(document.get("config"), dict):
         return dict(document["config"])
     return document
 

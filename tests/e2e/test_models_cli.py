@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wsi_pipeline import cli, model_api
+from wsi_pipeline import cli, convert_cli, model_api
 from wsi_pipeline.models.assemble import assemble
 from wsi_pipeline.models.bundle import load_bundle, load_facts
 from wsi_pipeline.models.hub import FILES, load_base
@@ -278,8 +278,8 @@ def test_weights_imply_their_generator(tmp_path: Path) -> None:
         weights: Path | None = Path("w.safetensors"),
         settings: list[str] | None = None,
     ) -> tuple[str, Any]:
-        named = cli._generator(path, name, weights, device=None, max_vram=None)
-        config = cli._configured(path, settings, named)
+        named = convert_cli._generator(path, name, weights, device=None, max_vram=None)
+        config = convert_cli._configured(path, settings, named)
         return config.generator.name, config.generator.options.get("weights")
 
     assert resolved() == ("lora_turbo", "w.safetensors")

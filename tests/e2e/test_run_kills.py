@@ -74,7 +74,7 @@ def kill_worker(process: psutil.Process) -> None:
 
 
 @pytest.mark.parametrize(
-    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 20))]
+    "seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, *range(2, 20)))]
 )
 def test_killed_at_random_and_run_again(
     slides: Path, whole: dict[str, str], tmp_path: Path, seed: int

@@ -212,7 +212,7 @@ def test_watch_takes_what_is_complete_and_survives_the_folder_going_away(tmp_pat
 
     thread = threading.Thread(target=scanner)
     thread.start()
-    chosen = ("directory.watch=true", "directory.settle=2", "directory.deadline=55s")
+    chosen = ("directory.watch=true", "directory.settle=2", "directory.deadline=42s")
     result = run(source, tmp_path / "out", *chosen, emit=told.append)
     thread.join()
     assert result.why == "deadline"
@@ -243,11 +243,15 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     ("executor", "slots"),
-    [("processes", 1), ("processes", 2), pytest.param("dask", 1, marks=pytest.mark.slow)],
+    [
+        ("processes", 1),
+        pytest.param("processes", 2, marks=pytest.mark.slow),
+        pytest.param("dask", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_bad_slide_fails_alone(evil: Path, tmp_path: Path, executor: str, slots: int) -> None:
     chosen = [EVIL, f"directory.executor={executor}", f"directory.slots={slots}", "run.workers=2"]
-    run(evil, tmp_path / "out", *chosen, "directory.timeout=20", "directory.max_ram=3GB")
+    run(evil, tmp_path / "out", *chosen, "directory.timeout=20", "directory.max_ram=4GB")
     found = records(tmp_path / "out")
     status = {Path(name).stem: record.status for name, record in found.items()}
     assert status == {

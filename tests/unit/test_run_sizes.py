@@ -88,7 +88,7 @@ def test_a_deadline_with_a_zone_is_taken_in_local_time() -> None:
     assert parse_deadline(local.isoformat(), NOW) == datetime(2026, 11, 26, 6, 30)
 
 
-@pytest.mark.parametrize("text", ["", "soon", "25:00", "06:61", "8", "0h", "-8h", "h", "30m1h", "999999d"])
+@pytest.mark.parametrize("text", ["", "soon", "25:00", "06:61", "8", "0h", "-8h", "h", "30m1h", "99999999d"])
 def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"^directory\.deadline: .* is no time; write it as"):
         parse_deadline(text, NOW)

@@ -167,12 +167,12 @@ def _place(source: Path, out: Path, expected: str, overwrite: bool, beat: Beat) 
         if _is_apart(source, out.parent):
             ready = _beside(source, out, beat)
         try:
-            _swap(ready, out)
+            _swap(ready, out, overwrite)
         except OSError as error:  # layered file systems are one device and yet cannot rename
             if error.errno != errno.EXDEV or ready != source:
                 raise
             ready = _beside(source, out, beat)
-            _swap(ready, out)
+            _swap(ready, out, overwrite)
     except OSError:
         if not _has_come(source, out, expected):
             raise
@@ -183,9 +183,10 @@ def _place(source: Path, out: Path, expected: str, overwrite: bool, beat: Beat) 
     _discard(source)
 
 
-def _swap(ready: Path, out: Path) -> None:
+def _swap(ready: Path, out: Path, overwrite: bool) -> None:
+    """Only who moved an old output away may remove it: what another attempt moved may be its own, whole."""
     old = sidecar(out, ".old")
-    moved = out.is_dir() and not out.is_symlink()
+    moved = overwrite and out.is_dir() and not out.is_symlink()
     if moved:
         os.replace(out, old)
     try:
@@ -194,7 +195,8 @@ def _swap(ready: Path, out: Path) -> None:
         if moved and not os.path.lexists(out):
             os.replace(old, out)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    if moved:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _has_come(source: Path, out: Path, expected: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wsi_pipeline.core.protocols import Slide
 from wsi_pipeline.evaluation.seams import seam_figures
@@ -24,9 +24,10 @@ from wsi_pipeline.pipeline.verify import VerifyResult, verify_output
 from wsi_pipeline.readers.lattice import SlideView
 from wsi_pipeline.runs.events import RunEmit
 from wsi_pipeline.runs.events import ignore as ignore_run
-from wsi_pipeline.runs.run import RunResult
-from wsi_pipeline.runs.run import convert_many as run_many
 from wsi_pipeline.runs.settings import RunConfig
+
+if TYPE_CHECKING:
+    from wsi_pipeline.runs.run import RunResult
 
 __all__ = ["PlanResult", "convert", "convert_many", "export", "plan", "verify"]
 
@@ -119,6 +120,8 @@ def convert_many(
     Calling it again continues. A slide that fails raises nothing: see ``RunResult.counts`` and its report.
     Raises ConfigError where nothing can start, OutputError where another run is at work there.
     """
+    from wsi_pipeline.runs.run import convert_many as run_many  # a single slide need not wait for it
+
     config = config or RunConfig()
     return run_many(
         str(slides),

@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich.console
 import rich.progress
@@ -23,7 +23,9 @@ from wsi_pipeline.models.bundle import BundleFacts
 from wsi_pipeline.pipeline.convert import ConvertResult
 from wsi_pipeline.pipeline.events import Event, Notice, Planned, Progress, Stage
 from wsi_pipeline.runs.events import RunProgress, SlideChanged
-from wsi_pipeline.runs.run import RunResult
+
+if TYPE_CHECKING:
+    from wsi_pipeline.runs.run import RunResult
 
 __all__ = [
     "Console",

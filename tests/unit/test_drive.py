@@ -33,7 +33,6 @@ def task(root: Path, key: str) -> SlideTask:
     return SlideTask(
         key=key,
         path=key,
-        parts=(),
         mpp=None,
         config=ConvertConfig(),
         folder=RunFolder(root),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wsi_pipeline.errors import ConfigError
-from wsi_pipeline.runs.sizes import parse_deadline, parse_size, show_duration, show_size
+from wsi_pipeline.runs.sizes import parse_deadline, parse_size, show_size
 
 NOW = datetime(2026, 11, 25, 22, 15)
 
@@ -103,15 +103,6 @@ def test_a_time_that_is_over_is_refused() -> None:
 def test_a_duration_always_lies_ahead(hours: float) -> None:
     if hours < 24 * 365 * 100:
         assert parse_deadline(f"{hours:.4f}h", NOW) > NOW
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0 s"), (4.25, "4.2 s"), (45, "45 s"), (720, "12 min"), (12000, "3 h 20 min"), (7200, "2 h"),
-     (3599, "1 h"), (187200, "2 d 4 h"), (86399, "1 d")],
-)  # fmt: skip
-def test_durations_as_people_read_them(seconds: float, text: str) -> None:
-    assert show_duration(seconds) == text
 
 
 @pytest.mark.parametrize(

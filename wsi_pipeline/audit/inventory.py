@@ -5,7 +5,6 @@ A name that is on no list here is a finding: about what we do not know nothing i
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import struct
@@ -15,7 +14,8 @@ from typing import Any
 
 from wsi_pipeline.audit.containers import foreign_parts
 from wsi_pipeline.core.geometry import ceil_div
-from wsi_pipeline.errors import OutputError
+from wsi_pipeline.errors import IncompleteOutputError, OutputError
+from wsi_pipeline.writers.manifest import read_manifest
 
 __all__ = ["OutputFile", "Store", "output_files", "picture_faults", "store_faults"]
 
@@ -127,10 +127,9 @@ def _level_names(store: Path) -> list[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_manifest(path)
+    except IncompleteOutputError:
         return {}
-    return document if isinstance(document, dict) else {}
 
 
 def _grid(array: Path) -> tuple[int, int] | None:

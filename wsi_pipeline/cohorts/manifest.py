@@ -31,7 +31,7 @@ from wsi_pipeline.cohorts.tcga import parse_barcode
 from wsi_pipeline.core.geometry import Mpp
 from wsi_pipeline.errors import ConfigError, MissingMppError, WsiPipelineError
 from wsi_pipeline.readers import open_slide
-from wsi_pipeline.readers.mpp import plausible
+from wsi_pipeline.readers.mpp import mpp_of_cells
 
 __all__ = ["Cohort", "CohortSlide", "read_cohort"]
 
@@ -278,16 +278,13 @@ def _resolved(path: str, origin: Path) -> str:
 
 
 def _mpp(x: str, y: str, problem: Callable[[str], None]) -> Mpp | None:
-    if not x and not y:
-        return None
     try:
-        pair = (float((y or x).replace(",", ".")), float(x.replace(",", ".")))
+        return mpp_of_cells(x, y)
     except ValueError:
-        pair = (math.nan, math.nan)
-    if plausible(pair):
-        return pair
-    problem(f"mpp {' '.join(filter(None, (x, y)))!r} is no pixel size in µm; give a number from 0.02 to 20")
-    return None
+        problem(
+            f"mpp {' '.join(filter(None, (x, y)))!r} is no pixel size in µm; give a number from 0.02 to 20"
+        )
+        return None
 
 
 def _opened(where: str, slide: CohortSlide) -> CohortSlide | str:

@@ -6,13 +6,12 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from multiprocessing.context import BaseContext
 
-__all__ = ["begin_worker", "clean_context", "single_threaded_children"]
+from wsi_pipeline._processes import environment, thread_variables
 
-THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+__all__ = ["begin_worker", "clean_context", "single_threaded_children"]
 
 
 def clean_context(*preload: str) -> BaseContext:
@@ -27,22 +26,9 @@ def clean_context(*preload: str) -> BaseContext:
     return context
 
 
-@contextmanager
-def single_threaded_children() -> Iterator[None]:
-    """Processes that start in here compute with one thread: the libraries read this as they load.
-
-    Several processes that each start one thread a core only get in each other's way.
-    """
-    before = {name: os.environ.get(name) for name in THREADS}
-    os.environ.update(dict.fromkeys(THREADS, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+def single_threaded_children() -> AbstractContextManager[None]:
+    """Processes that start in here compute with one thread."""
+    return environment(thread_variables(1))
 
 
 def begin_worker() -> None:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 
+from wsi_pipeline._processes import thread_variables
 from wsi_pipeline.errors import OutputError, WorkerDiedError
 from wsi_pipeline.pipeline.events import Emit, Progress
 from wsi_pipeline.pipeline.lanes import Lanes
@@ -38,9 +39,8 @@ def run_jobs(jobs: Sequence[Job], workers: int, total: int, emit: Emit) -> list[
 
 
 def threads_of_a_worker(workers: int) -> dict[str, str]:
-    """Variables that share the cores among processes, which else only get in each other's way."""
-    share = str(max(1, len(os.sched_getaffinity(0)) // workers))
-    return dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), share)
+    """Variables that share the cores among processes."""
+    return thread_variables(max(1, len(os.sched_getaffinity(0)) // workers))
 
 
 def _report_progress(job: Job, futures: list[Future[JobReport]], total: int, emit: Emit) -> None:

@@ -22,14 +22,16 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
+from wsi_pipeline._processes import environment
 from wsi_pipeline.errors import WorkerDiedError
+from wsi_pipeline.pipeline.memory import rss
 
 __all__ = ["Lanes"]
 
@@ -179,7 +181,7 @@ class _Lane:
         self._connection, theirs = context.Pipe()
         self._why = ""
         process = context.Process(target=_serve, args=(theirs, self._slots), name="lane", daemon=True)
-        with _environment(self._environment | {"PYTHONWARNINGS": _warnings()}):
+        with environment(self._environment | {"PYTHONWARNINGS": _warnings()}):
             process.start()
         theirs.close()
         self._process = process
@@ -205,7 +207,7 @@ class _Lane:
                 break
             elif self._why:
                 break  # killed, and it does not end: a file system does not answer it
-            elif self._memory is not None and _resident(process.pid) > self._memory:
+            elif self._memory is not None and rss(process.pid) > self._memory:
                 self.kill(f"it needed more than the {self._memory / 2**20:.0f} MiB that a worker may take")
         process.join(JOIN_SECONDS)
         connection.close()
@@ -244,30 +246,6 @@ def _warnings() -> str:
     removes them all the same."""
     quiet = "ignore::UserWarning:multiprocessing.resource_tracker"
     return ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), quiet)))
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Processes that start in here have these variables: libraries read them as they load."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _resident(pid: int) -> int:
-    """Resident bytes of a process; 0 where it is gone or the system does not tell."""
-    try:
-        with open(f"/proc/{pid}/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return 0
 
 
 def _cause(exitcode: int | None) -> str:

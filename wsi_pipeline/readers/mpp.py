@@ -34,6 +34,7 @@ __all__ = [
     "mpp_from_length",
     "mpp_from_objective",
     "mpp_from_resolution",
+    "mpp_of_cells",
     "parse_number",
     "plausible",
     "read_mpp_table",
@@ -97,6 +98,17 @@ def plausible(mpp: Mpp) -> bool:
     """Whether both axes lie in the range of microscopes (0.02 to 20 um per pixel) and near each other."""
     inside = all(math.isfinite(value) and PLAUSIBLE[0] <= value <= PLAUSIBLE[1] for value in mpp)
     return inside and max(mpp) <= MAX_STRETCH * min(mpp)
+
+
+def mpp_of_cells(x: str, y: str) -> Mpp | None:
+    """Pixel size from the cells ``mpp`` and ``mpp_y`` of a table, decimal point or comma; None where both are
+    empty, and for both axes where ``y`` is. Raises ValueError for what is no pixel size."""
+    if not x and not y:
+        return None
+    pair = (float((y or x).replace(",", ".")), float(x.replace(",", ".")))
+    if not plausible(pair):
+        raise ValueError("no slide has such a pixel size")
+    return pair
 
 
 def settle_mpp(claims: Iterable[MppClaim], *, override: MppClaim | None, slide_id: str) -> tuple[Mpp, str]:

@@ -20,6 +20,7 @@ from wsi_pipeline.core.geometry import ceil_div
 from wsi_pipeline.core.plan import SlidePlan
 from wsi_pipeline.core.protocols import LABEL_CELL
 from wsi_pipeline.errors import ConfigError, OutputError
+from wsi_pipeline.pipeline.memory import rss
 from wsi_pipeline.runs.sizes import show_size
 from wsi_pipeline.writers.ometiff import TiffConfig
 from wsi_pipeline.writers.omezarr import CHUNK, CHUNK_V2, LABELS
@@ -236,15 +237,6 @@ def folder_bytes(folder: Path) -> int:
         except (FileNotFoundError, NotADirectoryError):
             continue
     return total
-
-
-def rss(pid: int) -> int:
-    """Resident bytes of a process; 0 where it is gone or the system does not tell."""
-    try:
-        with open(f"/proc/{pid}/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return 0
 
 
 def total_rss(pids: Iterable[int]) -> int:

@@ -7,10 +7,8 @@ shared the process of another one that died is not blamed. A slide that failed e
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable
@@ -116,10 +114,6 @@ class Drive:
             done, _ = wait(self._flying, timeout=timeout, return_when=FIRST_COMPLETED)
             for future in done:
                 self._take(self._flying.pop(future), future)
-        elif self._waiting:  # nothing is left that could make room
-            for slide in self._waiting:
-                self._end(slide, "queued", "the disk budget is used up: raise --max-disk, then run again")
-            self._waiting.clear()
         self._tell()
         return bool(self._open)
 
@@ -197,7 +191,7 @@ class Drive:
 
     def _finished(self, slide: _Slide, result: SlideResult) -> None:
         self.disk.settle(slide.record.key, result.size_bytes)
-        _clear(slide.task)
+        slide.task.folder.drop_work(slide.task.key)
         slide.record = replace(slide.record, result=result)
         if result.no_tissue:
             slide.record = replace(slide.record, output="")
@@ -218,7 +212,7 @@ class Drive:
             self._end(slide, "queued", " ".join(str(error).split()))  # it is not the slide's fault
         elif isinstance(error, WsiPipelineError):
             if isinstance(error, SlideError):  # a mended file is another slide: nothing to go on with
-                _clear(slide.task)
+                slide.task.folder.drop_work(slide.task.key)
             self._end(slide, "failed", " ".join(str(error).split()))
         else:
             log.error("%s: unexpected error", slide.record.source, exc_info=error)
@@ -292,12 +286,6 @@ class Drive:
             lines.append(f"{call.slide.record.source}: {beat.get('stage', '')}")
         share = (self._settled + half) / total if total else 1.0
         self.emit(RunProgress(done=self._settled, total=total, share=share, running=tuple(lines)))
-
-
-def _clear(task: SlideTask) -> None:
-    """Remove the work on a slide, that of earlier settings too."""
-    for path in task.folder.work.glob(f"{glob.escape(task.key)}-*"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _size_of(task: SlideTask) -> int:

@@ -11,8 +11,10 @@ report.html  summary.csv  run.json  <outputs, in the folders of their sources>
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -96,6 +98,11 @@ class RunFolder:
     def write_document(self, document: Mapping[str, Any]) -> None:
         with mapped(self.document):
             write_manifest(self.document, dict(document))
+
+    def drop_work(self, key: str) -> None:
+        """Remove the work on a slide, that of earlier settings too."""
+        for path in self.work.glob(f"{glob.escape(key)}-*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def touch_lease(self, session: str) -> None:
         """Tell the workers that this run's parent lives; needs no space on the disk after the first time."""

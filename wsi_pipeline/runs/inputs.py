@@ -25,7 +25,7 @@ from wsi_pipeline.runs.judge import Listing, judge, judge_zarr
 from wsi_pipeline.runs.kinds import PICTURES, ZARR_MARKERS, ending_of
 from wsi_pipeline.runs.names import key_of, output_name, shown
 from wsi_pipeline.runs.tables import TABLES, TableRow, read_table
-from wsi_pipeline.runs.walk import Walk, is_zarr_like
+from wsi_pipeline.runs.walk import Walk, file_key, is_zarr_like
 
 __all__ = ["Found", "find_inputs", "is_many", "key_of", "output_name", "stamp"]
 
@@ -171,7 +171,7 @@ def _told(rows: Sequence[TableRow], found: dict[str, Found]) -> list[tuple[Found
             source += f" ({row.where})"
         sources.add(source)
         slide = replace(found[row.path], source=source, mpp=row.mpp, mask=row.mask, roi=row.roi)
-        told.append((slide, None if slide.skip or is_remote(row.path) else _key_of_file(row.path)))
+        told.append((slide, None if slide.skip or is_remote(row.path) else file_key(row.path)))
     return told
 
 
@@ -227,11 +227,3 @@ def _names(folder: str) -> list[str]:
         return os.listdir(folder)
     except OSError:
         return []
-
-
-def _key_of_file(path: str) -> Key | None:
-    try:
-        state = os.stat(path)
-    except OSError:
-        return None
-    return state.st_dev, state.st_ino

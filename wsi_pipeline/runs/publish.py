@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import glob
-import json
 import os
 import re
 import secrets
@@ -24,11 +23,11 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from wsi_pipeline.errors import OutputError, OutputExistsError
+from wsi_pipeline.errors import IncompleteOutputError, OutputError, OutputExistsError
 from wsi_pipeline.pipeline.outputs import check_target, mapped, sidecar
 from wsi_pipeline.readers._source import is_remote
 from wsi_pipeline.runs.upload import Upload, local_path
-from wsi_pipeline.writers.manifest import MANIFEST
+from wsi_pipeline.writers.manifest import MANIFEST, read_manifest, sync_folder
 
 __all__ = ["exists_with", "is_url", "publish"]
 
@@ -122,10 +121,9 @@ def _expected(files: Mapping[Path, str]) -> str:
 
 def _manifest(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_manifest(path)
+    except IncompleteOutputError:
         return {}
-    return document if isinstance(document, dict) else {}
 
 
 def _found(out: Path) -> str | None:
@@ -179,7 +177,7 @@ def _place(source: Path, out: Path, expected: str, overwrite: bool, beat: Beat) 
     finally:
         if ready != source:
             _remove(ready)
-    _sync(out.parent)
+    sync_folder(out.parent)
     _discard(source)
 
 
@@ -252,7 +250,7 @@ def _beside(source: Path, out: Path, beat: Beat) -> Path:
             there.mkdir()
             for name in names:
                 _copy(Path(folder, name), there / name, beat)
-            _sync(there)
+            sync_folder(there)
         if not os.path.samestat(begun, os.stat(source)):
             raise FileNotFoundError(errno.ENOENT, "it went away while it was copied", os.fspath(source))
     except BaseException:
@@ -273,16 +271,6 @@ def _copy(source: Path, copy: Path, beat: Beat) -> None:
         writer.flush()
         os.fsync(writer.fileno())
     beat()
-
-
-def _sync(folder: Path) -> None:
-    """Make new names durable where the platform can."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _raise(error: OSError) -> None:

@@ -51,6 +51,12 @@ class SlideResult:
     warnings: tuple[str, ...] = ()
     no_tissue: str = ""
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> SlideResult:
+        """What ``json`` made of ``asdict``; raises TypeError or KeyError for anything else."""
+        lists = {"mpp": tuple(values["mpp"]), "warnings": tuple(values["warnings"])}
+        return cls(**{**values, **lists})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
@@ -113,10 +119,7 @@ def _read(path: Path) -> Record:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         result = values.pop("result")
-        if result is not None:
-            result["mpp"], result["warnings"] = tuple(result["mpp"]), tuple(result["warnings"])
-            result = SlideResult(**result)
-        return Record(**values, result=result)
+        return Record(**values, result=None if result is None else SlideResult.from_json(result))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise OutputError(
             f"{path}: is no record of a run ({error}); delete it, and its slide is looked at anew", path=path

@@ -91,6 +91,8 @@ def convert_many(
     wishes = config.directory
     deadline = parse_deadline(wishes.deadline, now) if wishes.deadline else None
     limit = parse_size(wishes.max_disk, "directory.max_disk") if wishes.max_disk else None
+    quota = parse_size(wishes.stage_quota, "directory.stage_quota")
+    min_free = parse_size(wishes.min_free, "directory.min_free")
     folder = _folder(target, run_folder)
     if wishes.watch and not Path(given).is_dir():
         raise ConfigError(f"{given}: --watch looks at a folder; name one")
@@ -106,7 +108,19 @@ def convert_many(
         records = Records(folder.records)
         with hire(config, len(found), emit) as staff, _lease(folder, deadline) as session:
             names = OutputNames({record.output for record in records if record.output})
-            clerk = _Clerk(config, folder, target, session, overwrite, inspect, records, staff.config, names)
+            clerk = _Clerk(
+                config=config,
+                folder=folder,
+                target=target,
+                session=session,
+                overwrite=overwrite,
+                inspect=inspect,
+                records=records,
+                worker_config=staff.config,
+                names=names,
+                stage_quota=quota,
+                min_free=min_free,
+            )
             disk = _budget(limit, records, folder, config, target)
             drive = Drive(staff.workers, records, disk, wishes.retries, emit, tools or Tools())
             journal.staff(staff, disk)
@@ -159,7 +173,7 @@ def _loop(
         raise
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Clerk:
     """Decides what is to be done with each file that was found."""
 
@@ -172,6 +186,8 @@ class _Clerk:
     records: Records
     worker_config: RunConfig
     names: OutputNames
+    stage_quota: int
+    min_free: int
 
     def watch(
         self, given: str, settled: Settled, later: list[Found], drive: Drive, emit: RunEmit
@@ -195,8 +211,7 @@ class _Clerk:
             for record in list(self.records):
                 if record.key not in here and record.status != "done":
                     self.records.drop(record.key)
-                    for path in self.folder.work.glob(f"{record.key}-*"):
-                        shutil.rmtree(path, ignore_errors=True)
+                    self.folder.drop_work(record.key)
         again = 0
         for key, one in here.items():
             record = self._judged(key, one)
@@ -228,11 +243,10 @@ class _Clerk:
         if before is None or before.status in ("queued", "running"):
             return queued
         changed = before.stamp != now
-        if before.status == "failed" and before.result is not None and not self.overwrite:
-            return before  # it was converted once and changed since
         if before.status == "failed":
-            again = self.config.directory.retry_failed or self.overwrite or changed
-            return queued if again else before
+            # What was converted once, and changed since, is replaced only on demand.
+            again = before.result is None and (self.config.directory.retry_failed or changed)
+            return queued if again or self.overwrite else before
         if before.result is None or self.overwrite:  # it was no slide before, or is wanted anew
             return queued
         if before.result.no_tissue:
@@ -262,7 +276,6 @@ class _Clerk:
         return SlideTask(
             key=record.key,
             path=one.path,
-            parts=one.parts,
             mpp=one.mpp,
             config=conversion,
             folder=self.folder,
@@ -272,9 +285,9 @@ class _Clerk:
             session=self.session,
             overwrite=self.overwrite,
             stage=Path(wishes.stage) if wishes.stage else None,
-            stage_quota=parse_size(wishes.stage_quota, "directory.stage_quota"),
+            stage_quota=self.stage_quota,
             allowance=None,
-            min_free=parse_size(wishes.min_free, "directory.min_free"),
+            min_free=self.min_free,
             timeout=None if inline else wishes.timeout,
             inspect=self.inspect,
         )

@@ -1,4 +1,4 @@
-"""Sizes and durations as people write and read them.
+"""Sizes and times as people write them, and sizes as they read them.
 
 Why decimal: disks are sold and ``df -H`` counts in powers of ten, so ``64GB`` is 64 * 10^9 bytes; who means
 2^30 writes ``GiB``.
@@ -12,7 +12,7 @@ from decimal import Decimal
 
 from wsi_pipeline.errors import ConfigError
 
-__all__ = ["parse_deadline", "parse_size", "show_duration", "show_size"]
+__all__ = ["parse_deadline", "parse_size", "show_size"]
 
 _LETTERS = "KMGTP"
 _UNITS = {"": 1, "B": 1} | {
@@ -89,16 +89,3 @@ def show_size(count: int) -> str:
         return f"{value:.0f} {unit}"
     digits = 1 if abs(value) >= 9.995 else 2
     return f"{value:.{digits}f}".rstrip("0").rstrip(".") + f" {unit}"
-
-
-def show_duration(seconds: float) -> str:
-    """A duration in its two largest units: ``45 s``, ``12 min``, ``3 h 20 min``, ``2 d 4 h``."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s" if 0 < seconds < 9.95 else f"{seconds:.0f} s"
-    if seconds < 3570:
-        return f"{seconds / 60:.0f} min"
-    minutes = round(seconds / 60)
-    if minutes < 24 * 60:
-        return f"{minutes // 60} h" + (f" {minutes % 60} min" if minutes % 60 else "")
-    hours = round(seconds / 3600)
-    return f"{hours // 24} d" + (f" {hours % 24} h" if hours % 24 else "")

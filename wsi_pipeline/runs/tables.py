@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import difflib
 import io
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from pathlib import Path
 from wsi_pipeline.core.geometry import Mpp
 from wsi_pipeline.errors import ConfigError
 from wsi_pipeline.readers._source import is_remote
-from wsi_pipeline.readers.mpp import plausible
+from wsi_pipeline.readers.mpp import mpp_of_cells
 from wsi_pipeline.runs.names import shown
 
 __all__ = ["TABLES", "TableRow", "read_table"]
@@ -164,14 +163,9 @@ def _is_box(roi: str) -> bool:
 
 
 def _mpp(x: str, y: str, problem: Callable[[str], None]) -> Mpp | None:
-    if not x and not y:
-        return None
     try:
-        pair = (float((y or x).replace(",", ".")), float(x.replace(",", ".")))
+        return mpp_of_cells(x, y)
     except ValueError:
-        pair = (math.nan, math.nan)
-    if plausible(pair):
-        return pair
-    told = shown(" ".join(filter(None, (x, y))))
-    problem(f"mpp {told} is no pixel size in µm; give a number from 0.02 to 20")
-    return None
+        told = shown(" ".join(filter(None, (x, y))))
+        problem(f"mpp {told} is no pixel size in µm; give a number from 0.02 to 20")
+        return None

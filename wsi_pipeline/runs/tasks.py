@@ -51,7 +51,7 @@ RESULT = "result.json"
 class SlideTask:
     """What a worker needs to know about one slide; picklable, paths and settings only.
 
-    ``path``: of the source, ``parts`` of its other files; ``mpp``: (y, x) of a table, wins over the file;
+    ``path``: of the source; ``mpp``: (y, x) of a table, wins over the file;
     ``work``: folder of this slide and these settings; ``output``: name relative to ``target`` (a folder or
     URL); ``session``: of the run that waits for it; ``allowance``: bytes that work and output may take (None:
     any), ``min_free``: bytes that the disk keeps; ``timeout``: seconds without progress (None: no watchdog);
@@ -60,7 +60,6 @@ class SlideTask:
 
     key: str
     path: str
-    parts: tuple[str, ...]
     mpp: Mpp | None
     config: ConvertConfig
     folder: RunFolder
@@ -258,9 +257,7 @@ def _files(task: SlideTask, made: ConvertResult) -> dict[Path, str]:
 def _published(task: SlideTask) -> SlideResult | None:
     """The result of an attempt that published its output and was killed before it could say so."""
     try:
-        values = json.loads((task.work / RESULT).read_text(encoding="utf-8"))
-        values["mpp"], values["warnings"] = tuple(values["mpp"]), tuple(values["warnings"])
-        result = SlideResult(**values)
+        result = SlideResult.from_json(json.loads((task.work / RESULT).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError):
         return None
     if result.no_tissue or os.path.lexists(task.store):

@@ -107,7 +107,7 @@ class Walk:
             return False
         if self.matches(parts):
             self._stores[real] = _source(parts)
-            self._rows.append((judge_zarr(path, _source(parts), links=self.links), _key(path)))
+            self._rows.append((judge_zarr(path, _source(parts), links=self.links), file_key(path)))
         return True
 
     def _sort(
@@ -156,7 +156,7 @@ class Walk:
                 owner = folder.owner or _owner_by_names(name, folder.files)
                 self._list(path, real, parts, owner)
         elif self.matches(parts):
-            folder.files[name] = _key(path) or (0, 0)
+            folder.files[name] = file_key(path) or (0, 0)
             folder.wanted.add(name)
 
     def _against(self, real: str, mode: int) -> str:
@@ -215,7 +215,8 @@ def _source(parts: Parts) -> str:
     return "/".join(map(shown, parts))
 
 
-def _key(path: str) -> Key | None:
+def file_key(path: str) -> Key | None:
+    """Device and number of a file, by which one is known under several names; None where it is gone."""
     try:
         state = os.stat(path)
     except OSError:

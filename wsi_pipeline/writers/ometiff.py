@@ -35,6 +35,7 @@ from wsi_pipeline._version import __version__
 from wsi_pipeline.core.geometry import Mpp, Region, Size, ceil_div
 from wsi_pipeline.core.protocols import U8_HWC, WHITE, Level, Slide
 from wsi_pipeline.errors import ConfigError, OutputError, OutputExistsError, UnsupportedSlideError
+from wsi_pipeline.writers.manifest import sync_folder
 from wsi_pipeline.writers.tiff_hybrid import chain_subifds
 
 __all__ = ["SYNTHETIC_MARK", "TiffConfig", "export_ometiff"]
@@ -330,7 +331,7 @@ def _new_file(out: Path, overwrite: bool) -> Iterator[BinaryIO]:
             raise OutputError(f"{out}: another process writes this file too; run only one", path=out)
         _refuse_existing(out, overwrite)
         os.replace(partial, out)
-        _sync_folder(out.parent)
+        sync_folder(out.parent)
     except BaseException as error:
         if mine is not None and _still(partial, mine):
             with suppress(OSError):
@@ -353,13 +354,3 @@ def _still(partial: Path, mine: os.stat_result) -> bool:
     with suppress(OSError):
         return os.path.samestat(os.stat(partial), mine)
     return False
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name durable where the platform can."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

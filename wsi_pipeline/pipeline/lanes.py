@@ -23,7 +23,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
@@ -107,7 +107,7 @@ class Lanes(Executor):
             pending += [call.future for lane in self._lanes for call in lane.pending.values()]
         if wait:
             for future in pending:
-                with contextlib.suppress(BaseException):
+                with contextlib.suppress(CancelledError):
                     future.exception()
         for lane in self._lanes:
             lane.kill("the run was stopped")

@@ -39,27 +39,18 @@ class Journal:
 
     @classmethod
     def begin(cls, folder: RunFolder, given: str, target: str, config: RunConfig) -> Journal:
-        """Write ``run.json``; FingerprintMismatchError where the folder holds a run with other settings."""
+        """Write ``run.json``; FingerprintMismatchError where the folder holds a run over another input or with
+        other settings, that came as far as to record a slide."""
         decides = deciding(config)
-        before = folder.read_document()
-        if before is not None and before["decides"] != decides and any(folder.records.iterdir()):
-            changed = ", ".join(sorted(_differing(before["decides"], decides)))
-            raise FingerprintMismatchError(
-                f"{folder.root}: a run with other settings was begun there ({changed}); use its settings, "
-                "another folder, or --restart to forget it (outputs stay)",
-                path=folder.root,
-            )
         digest = hashlib.sha256(str(Path(given).absolute()).encode(errors="replace")).hexdigest()[:16]
-        if (
-            before is not None
-            and before.get("input_digest", digest) != digest
-            and any(folder.records.iterdir())
-        ):
-            raise FingerprintMismatchError(
-                f"{folder.root}: a run over another input ({before.get('input')}) was begun there; use that "
-                "input, another folder, or --restart to forget it (outputs stay)",
-                path=folder.root,
-            )
+        before = folder.read_document()
+        if before is not None and any(folder.records.iterdir()):
+            if before["decides"] != decides:
+                changed = ", ".join(sorted(_differing(before["decides"], decides)))
+                raise _other(folder, f"with other settings was begun there ({changed}); use its settings")
+            if before.get("input_digest", digest) != digest:
+                given_then = before.get("input")
+                raise _other(folder, f"over another input ({given_then}) was begun there; use that input")
         now = datetime.now().isoformat(timespec="seconds")
         document = {
             "notice": "a run of wsi-pipeline over many slides; outputs are synthetic, not for diagnosis",
@@ -129,6 +120,13 @@ class Journal:
             notices=staff.notices if staff else (),
         )
         write_report(self._folder.root, records, facts)
+
+
+def _other(folder: RunFolder, what: str) -> FingerprintMismatchError:
+    return FingerprintMismatchError(
+        f"{folder.root}: a run {what}, another folder, or --restart to forget it (outputs stay)",
+        path=folder.root,
+    )
 
 
 def deciding(config: RunConfig) -> dict[str, Any]:

@@ -339,7 +339,7 @@ def _lease(folder: RunFolder, deadline: datetime | None) -> Iterator[str]:
         while not ended.wait(LEASE_TOUCH_SECONDS):
             if deadline is not None and datetime.now() >= deadline - DEADLINE_MARGIN:
                 break
-            with contextlib.suppress(Exception):  # a full disk: the next touch may succeed
+            with contextlib.suppress(OutputError):  # a full disk: the next touch may succeed
                 folder.touch_lease(session)
         folder.lease.unlink(missing_ok=True)
 

@@ -39,8 +39,8 @@ class Journal:
 
     @classmethod
     def begin(cls, folder: RunFolder, given: str, target: str, config: RunConfig) -> Journal:
-        """Write ``run.json``; FingerprintMismatchError where the folder holds a run over another input or with
-        other settings, that came as far as to record a slide."""
+        """Write ``run.json``; FingerprintMismatchError where the folder has records of another run: one over
+        another input or with other settings."""
         decides = deciding(config)
         digest = hashlib.sha256(str(Path(given).absolute()).encode(errors="replace")).hexdigest()[:16]
         before = folder.read_document()

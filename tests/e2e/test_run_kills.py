@@ -73,9 +73,8 @@ def kill_worker(process: psutil.Process) -> None:
         random.choice(lanes).kill()
 
 
-@pytest.mark.parametrize(
-    "seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, *range(2, 20)))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
 def test_killed_at_random_and_run_again(
     slides: Path, whole: dict[str, str], tmp_path: Path, seed: int
 ) -> None:
@@ -130,7 +129,8 @@ def cluster(tmp_path: Path) -> Iterator[str]:
         process.wait()
 
 
-@pytest.mark.parametrize("seed", [pytest.param(seed, marks=pytest.mark.slow) for seed in range(10)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
 def test_the_client_of_a_cluster_is_killed(
     slides: Path, whole: dict[str, str], tmp_path: Path, cluster: str, seed: int
 ) -> None:

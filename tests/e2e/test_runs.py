@@ -194,6 +194,7 @@ def test_a_deadline_is_kept_and_the_next_run_goes_on(slides: Path, done: Path, t
     assert contents(tmp_path) == contents(done)
 
 
+@pytest.mark.slow
 def test_watch_takes_what_is_complete_and_survives_the_folder_going_away(tmp_path: Path) -> None:
     source, told = tmp_path / "in", []
     make_slide(source / "a.ome.tif", 1)
@@ -241,14 +242,8 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("executor", "slots"),
-    [
-        ("processes", 1),
-        pytest.param("processes", 2, marks=pytest.mark.slow),
-        pytest.param("dask", 1, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("executor", "slots"), [("processes", 1), ("processes", 2), ("dask", 1)])
 def test_a_bad_slide_fails_alone(evil: Path, tmp_path: Path, executor: str, slots: int) -> None:
     chosen = [EVIL, f"directory.executor={executor}", f"directory.slots={slots}", "run.workers=2"]
     run(evil, tmp_path / "out", *chosen, "directory.timeout=20", "directory.max_ram=4GB")

@@ -246,13 +246,15 @@ class Drive:
             times = f", {call.deaths} times" if call.deaths > 1 else ""
             self._end(slide, "failed", f"{why}{times}")
             return
+        self._calls.append(call)
+        if not (began or hung):
+            return
         log.warning("%s: %s; it is tried again", slide.record.source, why)
         slide.suspect = True
         run = replace(slide.task.config.run, threads=1, batch=1)
         slide.task = replace(slide.task, config=replace(slide.task.config, run=run))
         slide.record = replace(slide.record, attempts=slide.record.attempts + 1)
         self._keep(slide.record)
-        self._calls.append(call)
 
     def _end(self, slide: _Slide, status: Any, reason: str) -> None:
         slide.ended = True

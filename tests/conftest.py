@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))  # --import-mode=importlib puts no test folder on it
 
 
 @pytest.fixture(scope="session")
@@ -49,8 +51,13 @@ def parity_folders(variable: str, default: str) -> list[Path]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes ``parity_set`` runs once for each set, and is skipped where there is none."""
-    if "parity_set" in metafunc.fixturenames:
-        folders = parity_folders("WSI_PIPELINE_PARITY", "parity")
-        none = pytest.param(None, marks=pytest.mark.skip("no fixture sets; set WSI_PIPELINE_PARITY"))
-        metafunc.parametrize("parity_set", folders or [none], ids=lambda path: path and path.name)
+    """A test that takes ``parity_set`` (Diffusion-FFPE) or ``other_set`` (the other translators) runs once for
+    each set, and is skipped where there is none."""
+    for fixture, variable, default in (
+        ("parity_set", "WSI_PIPELINE_PARITY", "parity"),
+        ("other_set", "WSI_PIPELINE_PARITY_OTHER", "parity_other"),
+    ):
+        if fixture in metafunc.fixturenames:
+            none = pytest.param(None, marks=pytest.mark.skip(f"no fixture sets; set {variable}"))
+            folders = parity_folders(variable, default)
+            metafunc.parametrize(fixture, folders or [none], ids=lambda path: path and path.name)

@@ -21,17 +21,22 @@ FLOORS = {
     "readers": BASE,
     "writers": BASE,
     "models": BASE,
-    "generators": BASE | {"models", "readers", "writers"},
+    "translators": BASE | {"models"},
+    "generators": BASE | {"models", "translators", "readers", "writers"},
     "pipeline": BASE | {"readers", "writers", "generators"},
     "runs": BASE | {"readers", "writers", "generators", "pipeline"},
     "cohorts": BASE | {"readers"},
     "evaluation": BASE | {"models", "readers", "writers", "generators", "cohorts"},
-    "training": BASE | {"models", "readers", "cohorts"},
+    "training": BASE | {"models", "translators", "readers", "cohorts"},
+    "registration": BASE | {"readers", "writers"},
+    "study": BASE | {"readers", "cohorts"},
+    "volumes": BASE | {"models", "translators", "readers", "writers", "generators"},
     "audit": BASE | {"readers", "writers"},
 }
 TOP = {
     *("api", "cli", "config", "console", "doctor", "model_api", "models_cli", "__init__"),
     *("audit_cli", "cohort_cli", "convert_cli", "evaluate_cli", "train_cli"),
+    *("register_cli", "sample_cli", "study_cli"),
 }
 CORE_MAY_USE = {"numpy", "scipy", "skimage", "cv2", "wsi_pipeline"} | set(sys.stdlib_module_names)
 CORE_MAY_NOT_USE = {"time", "random", "socket", "subprocess", "urllib", "threading", "logging"}

@@ -31,6 +31,9 @@ Group = str
 class Sample:
     """A batch on its device. ``source``, ``target``: [B, 3, H, W] float32 in [-1, 1]; ``numbers``: int64 [B].
 
+    ``label``: int64 [B], class of the target, where the data has classes; ``source_mask``, ``target_mask``:
+    [B, 1, H, W] float32, 1 where a pixel was in its slide's field of view (None: everywhere).
+
     Whatever an objective draws, it draws from (``seed``, number): then neither ranks nor batches nor an
     interruption can change it. ``first``: the iteration's first micro-batch on its process; what moves with
     every pass (power iterations) moves with this one alone, so that cutting a batch changes nothing.
@@ -41,6 +44,9 @@ class Sample:
     numbers: npt.NDArray[np.int64]
     seed: int
     first: bool = True
+    label: Tensor | None = None
+    source_mask: Tensor | None = None
+    target_mask: Tensor | None = None
 
 
 class Term(NamedTuple):

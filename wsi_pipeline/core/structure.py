@@ -174,11 +174,18 @@ def _carried(stain_HW2: F64, small_HWC: F64, od_HWC: npt.NDArray[np.float32]) ->
     return np.asarray(plane_HW - np.float32(haematoxylin_3 @ offset_3), np.float32)
 
 
-def ssim(a: npt.NDArray[Any], b: npt.NDArray[Any], *, peak: float = 255.0) -> float:
+def ssim(
+    a: npt.NDArray[Any],
+    b: npt.NDArray[Any],
+    *,
+    peak: float = 255.0,
+    valid_HW: npt.NDArray[np.bool_] | None = None,
+) -> float:
     """Mean structural similarity of two images [H, W] or [H, W, C] (mean over channels); see the module.
 
-    ``peak``: the range of the values. Borders of 5 px, where the window is cut, do not count. Raises
-    ConfigError for different sizes or images under 11 px.
+    ``peak``: the range of the values. Borders of 5 px, where the window is cut, do not count, nor windows
+    that reach out of ``valid_HW``; NaN where none is left. Raises ConfigError for different sizes or images
+    under 11 px.
     """
     _same_shape(a, b)
     if min(a.shape[:2]) < _SSIM_WINDOW[0]:
@@ -191,17 +198,28 @@ def ssim(a: npt.NDArray[Any], b: npt.NDArray[Any], *, peak: float = 255.0) -> fl
     score = (2 * product + _K1**2) * (2 * together + _K2**2)
     score /= (square_x + square_y + _K1**2) * (spread + _K2**2)
     border = _SSIM_WINDOW[0] // 2
-    return float(score[border:-border, border:-border].mean(dtype=np.float64))
+    inner = score[border:-border, border:-border]
+    if valid_HW is not None:
+        whole_HW = cv2.erode(valid_HW.astype(np.uint8), np.ones(_SSIM_WINDOW, np.uint8))
+        inner = inner[whole_HW[border:-border, border:-border] > 0]
+    return float(inner.mean(dtype=np.float64)) if inner.size else math.nan
 
 
 def _window_mean(image: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return np.asarray(cv2.GaussianBlur(image, _SSIM_WINDOW, _SSIM_SIGMA), np.float32)
 
 
-def psnr(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> float:
-    """Peak signal to noise ratio of two uint8 images, dB; infinite where they are equal."""
+def psnr(
+    a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8], *, valid_HW: npt.NDArray[np.bool_] | None = None
+) -> float:
+    """Peak signal to noise ratio of two uint8 images, dB; infinite where they are equal.
+
+    ``valid_HW``: pixels that count; NaN where none does.
+    """
     _same_shape(a, b)
-    error = float(np.square(a.astype(np.float32) - b.astype(np.float32)).mean(dtype=np.float64))
+    square = np.square(a.astype(np.float32) - b.astype(np.float32))
+    square = square if valid_HW is None else square[valid_HW]
+    error = float(square.mean(dtype=np.float64)) if square.size else math.nan
     return 10.0 * math.log10(255.0**2 / error) if error else math.inf
 
 

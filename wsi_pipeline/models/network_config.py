@@ -17,15 +17,18 @@ DENOISERS: tuple[Family, ...] = ("unet2d", "unet3d")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkConfig:
-    """``family``: ``unet2d`` (diffusers' UNet2DModel) and ``unet3d`` are denoisers; ``unet`` (Honkamaa et al.),
-    ``pix2pix`` (U-Net-256, Isola et al.) and ``resnet`` (nine blocks, Johnson et al.) translate at once.
+    """``family``: ``unet2d`` (diffusers' UNet2DModel) and ``unet3d`` are denoisers; ``unet`` (Honkamaa et
+    al.), ``pix2pix`` (U-Net-256, Isola et al.) and ``resnet`` (nine blocks, Johnson et al.) translate at
+    once.
 
     ``base``: channels of the first level; ``mult``: multiples of it, one for each level from fine to coarse
     (``pix2pix``: 8 levels make U-Net-256, 9 U-Net-512); ``blocks``: residual blocks a level (``resnet``: in
-    all); ``attention``: levels with attention, 0 the finest; ``head_width``: channels of a head; ``groups``:
-    of the group norms; ``scale_shift``: the step scales and shifts (ADM) or is added; ``additive_skips``:
-    (h + skip) / 2 in place of concatenation (``unet3d``: WDM); ``norm``: of ``pix2pix`` and ``resnet``;
-    ``dropout``: probability; ``tanh``: bound the output of ``pix2pix`` and ``resnet`` to [-1, 1].
+    all); ``attention``: levels with attention, 0 the finest; ``head_width``: channels of a head; ``heads``:
+    their number in place of it (0: by width); ``groups``: of the group norms; ``scale_shift``: the step
+    scales and shifts (ADM) or is added; ``additive_skips``: (h + skip) / 2 in place of concatenation
+    (``unet3d``: WDM); ``halve_depth``: levels halve z too (``unet3d``; false for stacks of few sections);
+    ``norm``: of ``pix2pix`` and ``resnet``; ``dropout``: probability; ``tanh``: bound the output of
+    ``pix2pix`` and ``resnet`` to [-1, 1].
     """
 
     family: Family = "unet2d"
@@ -34,9 +37,11 @@ class NetworkConfig:
     blocks: int = 2
     attention: tuple[int, ...] = ()
     head_width: int = 64
+    heads: int = 0
     groups: int = 32
     scale_shift: bool = False
     additive_skips: bool = False
+    halve_depth: bool = True
     norm: Literal["batch", "instance", "group", "none"] = "group"
     dropout: float = 0.0
     tanh: bool = True
@@ -44,9 +49,13 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         numbers = (self.base, self.blocks, self.head_width, self.groups, *self.mult)
         if not self.mult or min(numbers) < 1 or not 0.0 <= self.dropout < 1.0:
-            raise ConfigError("network: base, mult, blocks, head_width and groups are 1 or more, dropout in [0, 1)")
+            raise ConfigError(
+                "network: base, mult, blocks, head_width and groups are 1 or more, dropout in [0, 1)"
+            )
         if any(not 0 <= level < len(self.mult) for level in self.attention):
-            raise ConfigError(f"network.attention: {list(self.attention)} names levels 0 to {len(self.mult) - 1}")
+            raise ConfigError(
+                f"network.attention: {list(self.attention)} names levels 0 to {len(self.mult) - 1}"
+            )
 
     @property
     def is_denoiser(self) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 from wsi_pipeline.errors import ConfigError
 from wsi_pipeline.models.network_config import NetworkConfig
 
-__all__ = ["PatchGAN", "ResNetTranslator", "UNetTranslator"]
+__all__ = ["Norm", "PatchGAN", "ResNetTranslator", "UNetTranslator"]
+
+Norm: TypeAlias = Literal["batch", "instance", "group", "none"]
 
 _SLOPE = 0.2
 _DROPOUT_FROM = 4  # level of the first dropout: the published ones lie just outside the innermost level
@@ -40,7 +43,7 @@ def _norm(config: NetworkConfig, channels: int) -> nn.Module:
             return nn.Identity()
 
 
-def _biased(kind: str) -> bool:
+def _biased(kind: Norm) -> bool:
     """Whether convolutions before a norm have a bias: where the norm has none."""
     return kind in ("instance", "none")
 
@@ -132,14 +135,17 @@ class ResNetTranslator(_Model):
 class PatchGAN(_Model):
     """Source and image side by side, [B, in, H, W] -> logits of patches, [B, 1, H/8 - 2, W/8 - 2].
 
-    ``layers``: of stride 2; with three each logit sees 70 x 70 pixels. Of ``config``: base, norm, groups.
+    ``layers``: of stride 2; with three each logit sees 70 x 70 pixels.
     """
 
-    def __init__(self, config: NetworkConfig, in_channels: int = 6, layers: int = 3) -> None:
-        widths = [config.base * min(2**place, 8) for place in range(layers + 1)]
-        made: list[nn.Module] = [nn.Conv2d(in_channels, widths[0], 4, 2, 1), nn.LeakyReLU(_SLOPE)]
+    def __init__(
+        self, in_channels: int = 6, *, base: int = 64, layers: int = 3, norm: Norm = "batch", groups: int = 32
+    ) -> None:
+        config = NetworkConfig(family="pix2pix", norm=norm, groups=groups)
+        widths = [base * min(2**place, 8) for place in range(layers + 1)]
+        made: list[nn.Module] = [nn.Conv2d(in_channels, base, 4, 2, 1), nn.LeakyReLU(_SLOPE)]
         for place in range(1, layers + 1):
-            stride, bias = 2 if place < layers else 1, _biased(config.norm)
+            stride, bias = 2 if place < layers else 1, _biased(norm)
             made.append(nn.Conv2d(widths[place - 1], widths[place], 4, stride, 1, bias=bias))
             made += [_norm(config, widths[place]), nn.LeakyReLU(_SLOPE)]
         super().__init__([*made, nn.Conv2d(widths[-1], 1, 4, 1, 1)])

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from wsi_pipeline import audit_cli, cohort_cli, convert_cli, evaluate_cli, models_cli, train_cli
+from wsi_pipeline import audit_cli, cohort_cli, convert_cli, evaluate_cli, models_cli, study_cli, train_cli
 from wsi_pipeline._version import __version__
 from wsi_pipeline.convert_cli import ConfigOpt, LogOpt, SetOpt
 
@@ -32,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(models_cli.app, name="models")
+app.add_typer(study_cli.app, name="study")
 app.command("plan")(convert_cli.plan)
 app.command("convert")(convert_cli.convert)
 app.command("tile")(cohort_cli.tile)

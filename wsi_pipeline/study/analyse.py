@@ -1,0 +1,151 @@
+"""What the readers of a study could tell: accuracy, AUC, agreement, and equivalence to chance."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import median
+
+from wsi_pipeline.errors import ConfigError, OutputError
+from wsi_pipeline.study.pack import KEY_KIND
+from wsi_pipeline.study.statistics import Estimate, auc, equivalence_p, kappa, share
+
+__all__ = ["Agreement", "ReaderFigures", "StudyResult", "analyse", "write_table"]
+
+CODE = re.compile(r"(?=.*[0-9])[A-Z0-9-]{1,12}")
+SIGN = {"real": -1, "synthetic": 1}
+COLUMNS = {"study", "reader", "id", "answer", "confidence", "seconds"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReaderFigures:
+    """One reader. ``sensitivity``: share of synthetic images called synthetic; ``specificity``: share of real
+    ones called real; ``auc`` of the signed confidence, -5 (certainly real) to 5 (certainly synthetic);
+    ``tost_p``: p of the two tests against chance; ``seconds``: median an image."""
+
+    reader: str
+    missing: int
+    accuracy: Estimate
+    sensitivity: Estimate
+    specificity: Estimate
+    auc: Estimate
+    tost_p: float
+    equivalent: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """Cohen's ``kappa`` of two readers on the ``n`` images that both judged."""
+
+    readers: tuple[str, str]
+    kappa: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyResult:
+    """All readers of a study of ``images``, and every pair of them."""
+
+    study: str
+    images: int
+    margin: float
+    readers: tuple[ReaderFigures, ...]
+    agreement: tuple[Agreement, ...]
+
+
+def analyse(key: Path, answers: Sequence[Path], *, margin: float = 0.1, alpha: float = 0.05) -> StudyResult:
+    """Compare answers with the key; images without an answer are counted and left out.
+
+    Raises ConfigError for another study's answers, an id that the key does not have, one image answered twice
+    by a reader, a name in place of a code, or cells that cannot be.
+    """
+    if not 0 < margin < 0.5:
+        raise ConfigError(f"study: the margin {margin:g} has to lie between 0 and 0.5")
+    try:
+        facts = json.loads(key.read_text("utf-8"))
+        truth = {name: SIGN[tile["truth"]] for name, tile in facts["tiles"].items()}
+        study = {KEY_KIND: facts["study"]}[facts["kind"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{key}: cannot be read as a study's key ({error}); give NAME.key.json") from error
+    found: dict[str, dict[str, tuple[int, float]]] = defaultdict(dict)
+    for path in answers:
+        _read_answers(path, study, truth, found)
+    agreement = []
+    for a, b in combinations(sorted(found), 2):
+        both = found[a].keys() & found[b].keys()
+        words = ([found[reader][name][0] > 0 for name in both] for reader in (a, b))
+        agreement.append(Agreement(readers=(a, b), kappa=kappa(*words), n=len(both)))
+    readers = tuple(_figures(reader, found[reader], truth, margin, alpha) for reader in sorted(found))
+    return StudyResult(
+        study=study, images=len(truth), margin=margin, readers=readers, agreement=tuple(agreement)
+    )
+
+
+def _figures(
+    reader: str, found: Mapping[str, tuple[int, float]], truth: Mapping[str, int], margin: float, alpha: float
+) -> ReaderFigures:
+    synthetic = [score for name, (score, _) in found.items() if truth[name] > 0]
+    real = [score for name, (score, _) in found.items() if truth[name] < 0]
+    caught, passed = sum(score > 0 for score in synthetic), sum(score < 0 for score in real)
+    p = equivalence_p(caught + passed, len(found), margin)
+    return ReaderFigures(
+        reader=reader,
+        missing=len(truth) - len(found),
+        accuracy=share(caught + passed, len(found)),
+        sensitivity=share(caught, len(synthetic)),
+        specificity=share(passed, len(real)),
+        auc=auc(synthetic, real),
+        tost_p=p,
+        equivalent=p < alpha,
+        seconds=median(seconds for _, seconds in found.values()),
+    )
+
+
+def _read_answers(
+    path: Path, study: str, truth: Mapping[str, int], found: dict[str, dict[str, tuple[int, float]]]
+) -> None:
+    try:
+        lines = path.read_text("utf-8-sig").splitlines() or [""]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); give the CSV that a reader saved") from error
+    rows = csv.DictReader(lines, delimiter=";" if ";" in lines[0] else ",")  # some spreadsheets save ;
+    if not set(rows.fieldnames or ()) >= COLUMNS or len(lines) < 2:
+        raise ConfigError(f"{path}: holds no answers in columns {', '.join(sorted(COLUMNS))}")
+    for number, row in enumerate(rows, 2):
+        reader, name, problem = str(row["reader"]), row["id"], ""
+        if row["study"] != study or name not in truth:
+            problem = f"image {name} of study {row['study']} is not in the key of study {study}"
+        elif not CODE.fullmatch(reader):
+            problem = f"reader {reader!r} is no code such as R01; names stay out of a study"
+        elif name in found[reader]:
+            problem = f"{reader} has judged image {name} before; give only the last file of each reader"
+        elif row["answer"] not in SIGN or row["confidence"] not in tuple("12345"):
+            problem = f"{row['answer']!r} with confidence {row['confidence']!r} is no answer"
+        if problem:
+            raise ConfigError(f"{path}, line {number}: {problem}")
+        seconds = float((row["seconds"] or "nan").replace(",", "."))
+        found[reader][name] = SIGN[row["answer"]] * int(row["confidence"]), seconds
+
+
+def write_table(path: Path, result: StudyResult) -> None:
+    """One row a reader, for a spreadsheet; OutputError where there is a file already."""
+    rows: list[dict[str, object]] = []
+    for reader in result.readers:
+        rows.append({})
+        for name, value in asdict(reader).items():
+            parts = value if isinstance(value, dict) else {"": value}
+            rows[-1] |= {f"{name}_{part}".strip("_"): figure for part, figure in parts.items()}
+    try:
+        with path.open("x", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})", path=path) from error

@@ -10,9 +10,7 @@ layers and the one-step formula in float32 (an error of eps is multiplied by 14.
 Exactness. On a CPU each tile runs alone on one core, so its bits depend neither on the batch nor on the
 number of cores or workers. On CUDA kernels are chosen by batch size, and the promise is one grey level.
 
-Glass. The published model was not trained to keep glass as it is. What it makes of a tile of this slide's
-glass colour is measured once, and the slide's background is scaled alike, so that no staircase of tile
-borders shows.
+Glass: the published model was not trained to keep it as it is (``_glass``).
 
 The tile grid. Defaults come from measured seam figures (``tests/benchmarks/lora_turbo_seams.md``).
 """
@@ -37,6 +35,7 @@ from wsi_pipeline.core.geometry import Mpp, Region
 from wsi_pipeline.core.noise import lattice_normal
 from wsi_pipeline.core.protocols import U8_BHWC, U8_HWC, Context, GeneratorSpec, TileBatch
 from wsi_pipeline.errors import CheckpointError, ConfigError, GeneratorError
+from wsi_pipeline.generators._glass import measure_glass, scaled
 from wsi_pipeline.generators._torch import (
     Dtype,
     Rounding,
@@ -66,10 +65,6 @@ HALO = (
     16  # puts tile borders beside, not onto, the cell lines of neighbouring tiles; at stride 384 it is free
 )
 SMALLEST_WITH_HALO = 256
-GLASS_SPREAD = (
-    12  # grey levels between the 5th and 95th percentile of translated glass, above which it is no glass
-)
-GLASS_MINIMUM = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +169,7 @@ class LoraTurbo:
 
     def prepare(self, thumbnail_HWC: U8_HWC, tissue_HW: npt.NDArray[np.bool_], mpp: Mpp) -> Context:
         """What made the pixels, for the manifest, and what becomes of the slide's glass."""
-        glass = self._glass(thumbnail_HWC, tissue_HW)
+        glass = measure_glass(thumbnail_HWC, tissue_HW, self.side, self._runner(1))
         notices = [f"{self.kind} changes structure: detail of the output may be invented, or missing"]
         if glass["reason"]:
             notices.append(
@@ -189,16 +184,7 @@ class LoraTurbo:
 
     def background(self, pixels_HWC: U8_HWC, context: Context) -> U8_HWC:
         """Each channel scaled as the generator scales this slide's glass."""
-        try:
-            ratio = np.array(context["glass"]["ratio"], np.float64)
-        except (KeyError, TypeError, ValueError) as error:
-            raise GeneratorError(
-                f"generator {self.kind}: no glass in the context ({error!r}); run prepare again",
-                spec=self.spec,
-            ) from error
-        levels = np.arange(256)[:, None] * ratio
-        table = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
-        return table[pixels_HWC, np.arange(3)]
+        return scaled(pixels_HWC, context, self.spec)
 
     def _facts_for_people(self, device: torch.device) -> dict[str, Any]:
         """Everything that decides a pixel, by the names of the options."""
@@ -249,24 +235,6 @@ class LoraTurbo:
             cells = Region(tile.read.y // LATENT_PX, tile.read.x // LATENT_PX, side, side)
             noise[i] = lattice_normal(cells, key=batch.noise_key, channels=channels)
         return noise
-
-    def _glass(self, thumbnail_HWC: U8_HWC, tissue_HW: npt.NDArray[np.bool_]) -> dict[str, Any]:
-        """Median colour of what is not tissue, and by how much the generator scales it."""
-        outside = thumbnail_HWC[~tissue_HW]
-        same = {"source": None, "ratio": [1.0, 1.0, 1.0]}
-        if not len(outside):
-            return {**same, "reason": "no pixel outside tissue"}
-        colour = np.median(outside, axis=0).astype(np.uint8)
-        if colour.min() < GLASS_MINIMUM:
-            return {**same, "reason": "what is not tissue is not bright"}
-        tile = np.empty((1, self.side, self.side, 3), np.uint8)
-        tile[:] = colour
-        made = self._runner(1)(tile)[0].reshape(-1, 3)
-        low, middle, high = np.percentile(made, [5, 50, 95], axis=0)
-        if (high - low).max() > GLASS_SPREAD or middle.min() < GLASS_MINIMUM:
-            return {**same, "reason": "the generator does not make bright, even glass of it"}
-        ratio = (np.rint(middle) / colour).round(6)
-        return {"source": colour.tolist(), "ratio": ratio.tolist(), "reason": ""}
 
 
 def _check_tile(kind: str, side: int, halo: int) -> None:

@@ -160,7 +160,9 @@ def test_what_a_reader_types_is_what_is_analysed(browser: Browser, study: Pack, 
     assert 0 <= figures.seconds < 20
 
 
-def test_another_reader_gets_another_order_and_no_window_needs_scrolling(browser: Browser, study: Pack) -> None:
+def test_another_reader_gets_another_order_and_no_window_needs_scrolling(
+    browser: Browser, study: Pack
+) -> None:
     orders = []
     for code in ("r1", "r2"):
         browser.open(study.page)

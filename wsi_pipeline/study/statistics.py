@@ -50,8 +50,8 @@ def auc(synthetic: Sequence[float], real: Sequence[float], level: float = 0.95) 
         both = (m - 1) * (a / (2 - a) - a * a) + (n - 1) * (2 * a * a / (1 + a) - a * a)
         return (a - value) ** 2 - z * z * (a * (1 - a) + both) / (m * n)
 
-    low = 0.0 if value == 0 else float(optimize.brentq(gap, 0, value))
-    high = 1.0 if value == 1 else float(optimize.brentq(gap, value, 1))
+    low = 0.0 if value == 0 else float(optimize.brentq(gap, 0, min(value, 1 - 1e-9)))
+    high = 1.0 if value == 1 else float(optimize.brentq(gap, max(value, 1e-9), 1))
     return Estimate(value=value, low=low, high=high, n=m + n)
 
 
@@ -74,7 +74,7 @@ def equivalence_p(hits: int, n: int, margin: float) -> float:
 
 def size_for_interval(half_width: float = 0.1, level: float = 0.95) -> int:
     """Images a reader has to judge for an accuracy known to +- ``half_width`` (at 0.5, the worst case)."""
-    return math.ceil((stats.norm.ppf((1 + level) / 2) / half_width) ** 2 / 4)
+    return int(np.ceil((stats.norm.ppf((1 + level) / 2) / half_width) ** 2 / 4))
 
 
 def size_for_equivalence(
@@ -84,4 +84,4 @@ def size_for_equivalence(
     tests its ``power``; at a true accuracy of 0.5 they pass together less often (0.9 each, 0.8 together).
     ``both``: the ``power`` of the two together."""
     z_power = stats.norm.ppf((1 + power) / 2 if both else power)
-    return math.ceil(((stats.norm.ppf(1 - alpha) + z_power) / margin) ** 2 / 4)
+    return int(np.ceil(((stats.norm.ppf(1 - alpha) + z_power) / margin) ** 2 / 4))

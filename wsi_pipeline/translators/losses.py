@@ -35,8 +35,8 @@ def path_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean loss of a batch, and its terms without gradient: ``mse`` and, with learned variances, ``vlb``.
 
-    ``x0``, ``z``: pixels and their standard normals, [B,C,...]; ``source``: [B, sources * C, ...]; ``n``: int64
-    [B], best on the CPU; ``drop_B``: bool, samples that lose their condition.
+    ``x0``, ``z``: pixels and their standard normals, [B,C,...]; ``source``: [B, sources * C, ...]; ``n``:
+    int64 [B], best on the CPU; ``drop_B``: bool, samples that lose their condition.
     """
     path, rep = parts.path, parts.representation
     h0, hz = rep.encode(x0), rep.encode_noise(z)

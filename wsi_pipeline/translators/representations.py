@@ -41,8 +41,8 @@ class Representation:
     def __init__(self, config: RepresentationConfig) -> None:
         self.config = config
         self.axes = config.axes if config.kind == "haar" else ()
-        self.alignment = 2**config.levels if self.axes else 1
-        self.bands = self.alignment ** len(self.axes)
+        self.alignment: int = 2**config.levels if self.axes else 1
+        self.bands: int = self.alignment ** len(self.axes)
         self._dims = [DIMENSION[axis] for axis in self.axes]
 
     def channels(self, image_channels: int) -> int:

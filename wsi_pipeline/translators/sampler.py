@@ -28,36 +28,35 @@ def draw(
     watch: Callable[[int, int, Tensor, Tensor], None] | None = None,
     known: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The image at the end of ``sampling.nfe`` jumps, in the shape and range of training images; no gradients.
+    """The image at the end of ``sampling.nfe`` jumps, in shape and range as those of training; no gradients.
 
-    ``source``: [B, sources * C, ...]. ``label``: int64 [B]; None for a translator with classes: of no class.
+    ``source``: [B, sources * C, ...]. ``label``: int64 [B]; None: of no class in particular.
     ``noise(k)``: standard normals of pixels, [B,C,...] as the target image; encoded here. It is asked for
 
-        k = 0             start of a ``vp`` run; the hole of ``known`` that a bridge without ``source`` starts in
-        k = 1 .. nfe      jump number k, in order; not for the last jump (nor, in a parity bridge, a jump to 0),
-                          nor for any jump of an ``ode`` bridge, ``ddim`` or ``dpmsolver``
+        k = 0             the start of a ``vp`` run; the hole of ``known`` where a bridge has no ``source``
+        k = 1 .. nfe      the k-th jump, in order; not for the last one, nor for any jump of an ``ode``
+                          bridge, of ``ddim`` or of ``dpmsolver``
         k = nfe + 1 ..    the known pixels after jump k - nfe; not where their state is without noise
 
-    and never twice for the same k. ``watch(k, m, x_m, x0_hat)`` sees, after jump k = 0 .. nfe - 1, the step
+    and never twice for one k. ``watch(k, m, x_m, x0_hat)`` sees, after jump k = 0 .. nfe - 1, the step m
     that it reached, the state there and the estimate that it used, both as pixels.
     ``known``: (mask, image), mask [B,1,...] is 1 where pixels are to be drawn; elsewhere every state is made
     of the image (I2SB; Lugmayr et al., CVPR 2022).
     """
     path, rep, grid = parts.path, parts.representation, parts.path.grid(sampling.nfe, sampling.method)
-    if sampling.guidance != 1.0 and not parts.condition.config.drop:
-        raise ConfigError(
-            "sampling.guidance: needs a translator that was trained with condition.drop above 0"
-        )
+    classes, drop = parts.condition.config.classes, parts.condition.config.drop
+    if not drop and (sampling.guidance != 1.0 or (classes and label is None)):
+        raise ConfigError("sampling: guidance, and no label, need a translator trained with condition.drop")
     with torch.no_grad():
         if known is not None and source is None and not path.from_noise:
             source = torch.where(known[0].bool(), noise(0), known[1])
         x1, source_h = parts.encode_source(source)
         x = path.start(x1, rep.encode_noise(noise(0)) if path.from_noise else None)
         if label is None:
-            label = torch.full((len(x),), parts.condition.config.classes, device=x.device)
+            label = torch.full((len(x),), classes, device=x.device)
         step = path.stepper(grid, sampling.method)
         for k, (n, m) in enumerate(pairwise(grid)):
-            x0_hat, v = estimate(net, parts, n, x, source_h, label, guidance=sampling.guidance)
+            x0_hat, v = estimate(net, parts, n, x, source_h, label, sampling.guidance)
             if sampling.clip:
                 x0_hat = rep.clamp(x0_hat, *value_range)
             z = rep.encode_noise(noise(k + 1)) if path.draws(m, sampling.method) else None
@@ -76,14 +75,7 @@ def draw(
 
 
 def estimate(
-    net: Net,
-    parts: Parts,
-    n: int,
-    x: Tensor,
-    source_h: Tensor | None,
-    label: Tensor | None,
-    *,
-    guidance: float = 1.0,
+    net: Net, parts: Parts, n: int, x: Tensor, source_h: Tensor | None, label: Tensor | None, guidance: float
 ) -> tuple[Tensor, Tensor | None]:
     """x0_hat at x_n, and the learned variances or None; guided by the difference that the condition makes."""
     out, v = parts.ask(net, n, x, source_h, label)

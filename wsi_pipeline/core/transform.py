@@ -1,0 +1,128 @@
+"""Where a point of one slide lies on another: an affine map and, on top of it, a field of displacements.
+
+Points are (y, x) in µm from a slide's corner; the centre of pixel i is (i + 0.5) * mpp. A transform maps a
+point of the *fixed* slide, on whose lattice tiles are drawn, to the point of the *moving* slide where the pixel
+is read: pull-back, so nothing is ever inverted. Field node (i, j) stands at (i + 0.5, j + 0.5) *
+``field_um_per_px`` on the fixed slide; between nodes the field is bilinear, beyond them it keeps its edge.
+
+Why no resampled slide is kept: a copy would be resampled twice, cost gigabytes, and hide the error of the
+registration from whoever reads it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from wsi_pipeline.core.geometry import Mpp, Region
+from wsi_pipeline.core.stain import F64
+from wsi_pipeline.errors import ConfigError
+
+__all__ = ["SlideTransform", "fit_affine", "pull_back"]
+
+_STEPS = 32
+"""Positions are rounded to this part of a pixel: the grid on which OpenCV interpolates."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SlideTransform:
+    """``affine_23``: float64 [2, 3], ``to = A[:, :2] @ (y, x) + A[:, 2]``; ``field_2HW``: float32 [2, H, W],
+    displacement (dy, dx) in µm that is added after the affine map, None = none.
+
+    Raises ConfigError for numbers that are no such map (shape, not finite, not invertible).
+    """
+
+    affine_23: F64
+    field_2HW: npt.NDArray[np.float32] | None = None
+    field_um_per_px: float = 16.0
+
+    def __post_init__(self) -> None:
+        affine, field = self.affine_23, self.field_2HW
+        if affine.shape != (2, 3) or not np.isfinite(affine).all():
+            raise ConfigError("affine: is no 2 x 3 matrix of finite numbers; register the slides again")
+        if abs(np.linalg.det(affine[:, :2])) < 1e-3:
+            raise ConfigError("affine: flattens the slide to a line; register the slides again")
+        if field is not None and (field.ndim != 3 or field.shape[0] != 2 or not np.isfinite(field).all()):
+            raise ConfigError("field: is no [2, y, x] array of finite µm; register the slides again")
+        if not 0 < self.field_um_per_px < np.inf:
+            raise ConfigError(f"field_um_per_px: {self.field_um_per_px} is no distance; give it in µm")
+
+    @property
+    def reach_um(self) -> float:
+        """The largest component of the field, µm."""
+        return 0.0 if self.field_2HW is None else float(np.abs(self.field_2HW).max(initial=0.0))
+
+    def at(self, y_um: F64, x_um: F64) -> F64:
+        """Points on the moving slide, float64 [2, ...], of points on the fixed one (arrays that broadcast).
+
+        Elementwise: a point's result does not depend on what else is in the array.
+        """
+        a = self.affine_23
+        to_2 = np.stack([a[row, 0] * y_um + a[row, 1] * x_um + a[row, 2] for row in (0, 1)])
+        if self.field_2HW is not None:
+            nodes = np.stack(np.broadcast_arrays(y_um, x_um)) / self.field_um_per_px - 0.5
+            for to, plane_HW in zip(to_2, self.field_2HW, strict=True):
+                to += ndimage.map_coordinates(plane_HW, nodes, np.float64, order=1, mode="nearest")
+        return np.asarray(to_2, np.float64)
+
+    def points(self, points_N2: F64) -> F64:
+        """Points [N, 2] (y, x) in µm on the moving slide."""
+        return self.at(points_N2[:, 0], points_N2[:, 1]).T
+
+    def grid(self, region: Region, mpp: Mpp) -> F64:
+        """Where the pixel centres of a region of the fixed slide's lattice lie, float64 [2, H, W] in µm."""
+        y_um = (np.arange(region.y, region.bottom) + 0.5) * mpp[0]
+        x_um = (np.arange(region.x, region.right) + 0.5) * mpp[1]
+        return self.at(y_um[:, None], x_um[None, :])
+
+    def then(self, second: SlideTransform) -> SlideTransform:
+        """First this, then ``second``; a field is sampled on the nodes of this one's (exact for affine maps).
+
+        Raises ConfigError where only ``second`` has a field: give this one a field of zeros.
+        """
+        full = np.vstack([self.affine_23, [0.0, 0.0, 1.0]])
+        affine = second.affine_23 @ full
+        if self.field_2HW is None:
+            if second.field_2HW is not None:
+                raise ConfigError("then: give the first transform a field of zeros, to carry the second's")
+            return SlideTransform(affine_23=affine)
+        step, size = self.field_um_per_px, self.field_2HW.shape[1:]
+        nodes = Region(0, 0, *size)
+        to_2HW = second.at(*self.grid(nodes, (step, step)))
+        straight = SlideTransform(affine_23=affine).grid(nodes, (step, step))
+        field = (to_2HW - straight).astype(np.float32)
+        return SlideTransform(affine_23=affine, field_2HW=field, field_um_per_px=step)
+
+
+def fit_affine(from_N2: F64, to_N2: F64) -> F64:
+    """Affine map [2, 3] of least squares between points (y, x); at least three, not on a line."""
+    ones_N3 = np.column_stack([from_N2, np.ones(len(from_N2))])
+    return np.asarray(np.linalg.lstsq(ones_N3, to_N2, rcond=None)[0].T, np.float64)
+
+
+def pull_back(
+    pixels: npt.NDArray[np.generic],
+    at_2HW: F64,
+    mpp: Mpp,
+    *,
+    origin: tuple[int, int] = (0, 0),
+    fill: float = 0.0,
+    cubic: bool = True,
+) -> npt.NDArray[np.generic]:
+    """An image ([h, w] or [h, w, C], uint8 or float32, ``mpp`` µm a pixel) at ``at_2HW`` µm; one resampling.
+
+    ``origin``: (y, x) of the image's first pixel in the level that it is a part of; ``fill``: what is outside.
+    Positions are rounded to 1/32 px of the level, then counted from ``origin``, which is exact: so the same
+    pixels come out of whichever part of the level was read.
+    """
+    maps = []
+    for axis in (1, 0):
+        position = np.rint((at_2HW[axis] / mpp[axis] - 0.5) * _STEPS) / _STEPS - origin[axis]
+        maps.append(position.astype(np.float32))
+    mode = cv2.INTER_CUBIC if cubic else cv2.INTER_LINEAR
+    border = (fill,) * 4
+    return np.asarray(cv2.remap(pixels, *maps, mode, borderMode=cv2.BORDER_CONSTANT, borderValue=border))

@@ -8,6 +8,8 @@ flip centre ignores the voxel size.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,16 @@ import pytest
 import torch
 from parity_other import Arrays, arrays, close, facts, prefixes, weights
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from wsi_pipeline.models.plain_unet import PlainUNet
+from wsi_pipeline.models.registration import (
+    PairJudge,
+    RegistrationConfig,
+    RigidEncoder,
+    make_judge,
+    make_registration,
+)
 from wsi_pipeline.models.warp import (
     Field,
     Masked,
@@ -29,6 +39,8 @@ from wsi_pipeline.models.warp import (
     rigidity,
     warp,
 )
+from wsi_pipeline.training.aligned import AlignedConfig, AlignedObjective
+from wsi_pipeline.training.objective import Sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -208,3 +220,230 @@ def test_u_nets_parity(other_set: Path) -> None:
     close(translator(tensor(recorded, "nets.x")), recorded["nets.translator.out"], 5e-5)
     velocity = load(other_set, "svf3d", PlainUNet(2, 3, (4, 6), slope=0.0, dims=3))
     close(velocity(tensor(recorded, "nets.svf3d.x")), recorded["nets.svf3d.out"], 5e-5)
+
+
+def test_the_rigid_encoder_parity(other_set: Path) -> None:
+    recorded = cases(other_set)
+    network = load(other_set, "rigid", RigidEncoder(8, (6, 8, 8)))
+    place = tensor(recorded, "nets.coordinates").expand(2, -1, -1, -1)
+    found = network(torch.cat([tensor(recorded, "nets.rigid.volume"), place], dim=1))
+    close(found, recorded["nets.rigid.out"], 5e-5)
+
+
+def test_the_judge_and_its_power_iterations_parity(other_set: Path) -> None:
+    recorded = cases(other_set)
+    judge = load(other_set, "discriminator", PairJudge(6, (5, 8, 8), stem_padding=1)).train()
+    states = {when: f"nets.discriminator.{when}." for when in ("before", "after")}
+    before = {k.removeprefix(states["before"]): k for k in recorded if k.startswith(states["before"])}
+    judge.load_state_dict({name: tensor(recorded, key) for name, key in before.items()}, strict=False)
+    x = tensor(recorded, "nets.x")
+    for name in ("train_call1", "train_call2"):
+        close(judge(x, 0.5 * x.flip(1)), recorded[f"nets.discriminator.{name}"], 5e-5, name)
+    for name, value in judge.named_buffers():
+        close(value, recorded[states["after"] + name], 1e-5, name)
+    close(judge.eval()(x, 0.5 * x.flip(1)), recorded["nets.discriminator.eval_after"], 5e-5)
+
+
+@pytest.mark.parametrize(
+    ("part", "network"),
+    [
+        ("i2i_unet", lambda: PlainUNet(3, 3, (64, 128, 256, 512, 1024), 16)),
+        ("rigid_registration_encoder", lambda: make_registration(RegistrationConfig(), 0)["rigid"]),
+        ("cross_modality_registration_unet", lambda: make_registration(RegistrationConfig(), 0)["cross"]),
+        ("intra_modality_registration_unet", lambda: make_registration(RegistrationConfig(), 0)["intra"]),
+        ("", lambda: make_judge(RegistrationConfig(), 0)),
+    ],
+)
+def test_full_sizes_have_the_published_names_and_shapes_parity(
+    part: str, network: Callable[[], nn.Module], other_set: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("normal_", "uniform_", "kaiming_uniform_", "zeros_"):
+        monkeypatch.setattr(f"torch.nn.init.{name}", lambda *_, **__: None)  # sizes are all that is asked
+    models = facts(other_set, "keys_full")["models"]
+    family = "equivariant_staining_four_networks" if part else "equivariant_staining_discriminator"
+    wanted = {
+        key.removeprefix(f"{part}."): shape
+        for key, shape in models[family].items()
+        if not part or key.startswith(f"{part}.")
+    }
+    found = network().state_dict()
+    assert {key: list(value.shape) for key, value in found.items()} == wanted
+
+
+# One training step
+
+
+class Rigid(nn.Module):
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.mean((2, 3)), self.weight, self.bias)
+
+
+class Velocity(nn.Module):
+    def __init__(self, weight: Tensor, field: Tensor) -> None:
+        super().__init__()
+        self.weight, self.field = nn.Parameter(weight), nn.Parameter(field)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.field + F.conv2d(x, self.weight, padding=1)
+
+
+class Judge(nn.Module):
+    def __init__(self, mix: Tensor, bias: Tensor, out: Tensor, out_bias: Tensor) -> None:
+        super().__init__()
+        self.w1, self.b1, self.w2, self.b2 = (nn.Parameter(p) for p in (mix, bias, out, out_bias))
+
+    def forward(self, source: Tensor, image: Tensor) -> Tensor:
+        x = torch.cat([source, image], dim=1)
+        x = F.leaky_relu(torch.einsum("oc,bchw->bohw", self.w1, x) + self.b1[:, None, None], 0.2)
+        return F.linear(x.mean((2, 3)), self.w2, self.b2)[:, 0]
+
+
+def step(folder: Path, run: str) -> tuple[AlignedObjective, Sample, dict[str, nn.Parameter]]:
+    """The published configuration of a run with the recorded stand-ins; parameters by the fixture's names."""
+    recorded, given = cases(folder), facts(folder, "equivariant")[f"loss_config.{run}"]
+
+    def param(name: str) -> Tensor:
+        return tensor(recorded, f"step.param.{name}")
+
+    translator = nn.Conv2d(3, 3, 3, padding=1)
+    translator.load_state_dict({k: param(f"translator.{k}") for k in ("weight", "bias")})
+    parts: dict[str, nn.Module] = {
+        "rigid": Rigid(param("rigid.weight"), param("rigid.bias")),
+        "cross": Velocity(param("cross.weight"), param("cross.field")),
+        "intra": Velocity(param("intra.weight"), param("intra.field")),
+    }
+    names = [f"discriminator.{layer}.{kind}" for layer in ("mix", "out") for kind in ("weight", "bias")]
+    judge = Judge(*(param(name) for name in names))
+    penalties = given["deformation"]
+    assert set(penalties["voxel_size"]) == {1.0}
+    config = AlignedConfig(
+        similarity={"mae": "l1", "mse": "l2"}[given["similarity_loss"]],
+        rigid=given["rigid_similarity_weight"],
+        cross=given["cross_modality_similarity_weight"],
+        intra=given["intra_modality_similarity_weight"],
+        commutation=given["di_weight"],
+        own=given.get("self_di_weight", 0.0),
+        forward_rigidity=given["forward_rigidity_weight"],
+        inverse_rigidity=given["inverse_rigidity_weight"],
+        adversarial=given["discriminator_weight"],
+        max_rotation=given["max_rotation"],
+        max_shift=given["max_translation"],
+        implicit=given["use_implicit_di"],
+        common_frame=given.get("use_eqadv", True),
+        published_mean=True,
+        penalties=RigidityConfig(
+            affinity=penalties["affinity_weight"],
+            orthonormality=penalties["orthonormality_weight"],
+            properness=penalties["properness_weight"],
+            first_central=penalties["first_derivatives_central"],
+            second_central=penalties["second_derivatives_central"],
+        ),
+    )
+    turns = tensor(recorded, "step.random_transformation")
+    sample = Sample(
+        source=tensor(recorded, "step.input"),
+        target=tensor(recorded, "step.label"),
+        source_mask=tensor(recorded, "step.input_mask"),
+        target_mask=tensor(recorded, "step.label_mask"),
+        numbers=np.arange(len(turns)),
+        seed=0,
+    )
+    learning = {f"translator.{name}": p for name, p in translator.named_parameters()}
+    objective = AlignedObjective(
+        translator, learning, nn.ModuleDict(parts), judge, config, lambda part: turns[part.numbers]
+    )
+    moving = {f"{part}.{name}": p for part, net in parts.items() for name, p in net.named_parameters()}
+    return objective, sample, {**learning, **moving, **dict(judge.named_parameters())}
+
+
+def runs(folder: Path) -> list[str]:
+    return [key.split(".")[1] for key in prefixes(cases(folder), "step.", ".loss.rigid")]
+
+
+def test_the_losses_and_gradients_of_a_step_parity(other_set: Path) -> None:
+    recorded, about = cases(other_set), facts(other_set, "equivariant")
+    for run in runs(other_set):
+        objective, sample, parameters = step(other_set, run)
+        groups = {
+            "discriminator": about["discriminator_param_names"],
+            "generator": about["generator_param_names"],
+        }
+        found: dict[str, float] = {}
+        for update in objective.updates(sample):
+            for term in update.terms:
+                term.loss.backward()
+                found |= {name: float(value) for name, value in term.logs.items()}
+            for name in groups[update.group]:
+                wanted = recorded[f"step.{run}.step_grad.{update.group}.{name}"]
+                gradient = parameters[name].grad
+                assert gradient is not None, (run, name)
+                close(gradient, wanted, 2e-4 * float(np.abs(wanted).max()), f"{run} {name}")
+                parameters[name].grad = None
+            assert all(p.grad is None for p in parameters.values()), "the judge or the generator as well"
+        share = about[f"loss_config.{run}"]["discriminator_weight"]
+        names = {"commutation": "com", "own": "self", "adversarial": "adv"}
+        names |= {"rotation": "rotation_constraint", "shift": "translation_constraint"}
+        found["d_real"], found["d_fake"] = (found.pop(f"disc_{kind}") / share for kind in ("real", "fake"))
+        found.pop("change")
+        found = {names.get(name, name): value for name, value in found.items()}
+        wanted = {k.rpartition(".")[2]: float(v) for k, v in recorded.items() if f"{run}.loss." in k}
+        assert found == pytest.approx(wanted, rel=RELATIVE), run
+
+
+def test_which_parameters_each_loss_moves_parity(other_set: Path) -> None:
+    recorded, about = cases(other_set), facts(other_set, "equivariant")
+    names = {"com": "commutation", "self": "own"}
+    names |= {"rotation_constraint": "rotation", "translation_constraint": "shift"}
+    for run in runs(other_set):
+        objective, sample, parameters = step(other_set, run)
+        losses = objective.align(second_half(sample)).losses
+        learning = [parameters[name] for name in about["generator_param_names"]]
+        for name in (key for key in recorded if key.startswith(f"step.{run}.grad_norm.")):
+            loss = name.rpartition(".")[2]
+            if loss == "adv":  # its gradient is part of the step's
+                continue
+            gradients = torch.autograd.grad(
+                losses[names.get(loss, loss)], learning, allow_unused=True, retain_graph=True
+            )
+            wanted = recorded[name]
+            assert [g is None for g in gradients] == np.isnan(wanted).tolist(), (run, loss)
+            norms = torch.stack([torch.zeros(()) if g is None else g.norm() for g in gradients])
+            close(norms, np.nan_to_num(wanted), 1e-4 * float(np.nanmax(wanted)) + 1e-12, f"{run} {loss}")
+
+
+def second_half(sample: Sample) -> Sample:
+    rows = slice(len(sample.source) // 2, None)
+    assert sample.source_mask is not None and sample.target_mask is not None
+    return replace(
+        sample,
+        source=sample.source[rows],
+        target=sample.target[rows],
+        source_mask=sample.source_mask[rows],
+        target_mask=sample.target_mask[rows],
+        numbers=sample.numbers[rows],
+    )
+
+
+def test_the_images_and_fields_of_a_step_parity(other_set: Path) -> None:
+    recorded = cases(other_set)
+    for run in runs(other_set):
+        objective, sample, _ = step(other_set, run)
+        with torch.no_grad():
+            found = objective.align(second_half(sample))
+        half = f"step.{run}.generator_half"
+        if f"{half}.output" not in recorded:
+            continue
+        close(found.made, recorded[f"{half}.output"], 2e-4, run)
+        assert isinstance(found.total, Field) and found.total.mask is not None
+        close(found.total.displacement, recorded[f"{half}.forward_deformation"], 2e-4, run)
+        same_mask(found.total.mask, recorded[f"{half}.forward_deformation.mask"], run)
+        source, real, made = found.shown
+        close(source, recorded[f"{half}.random_deformed_input"], 2e-4, run)
+        pair = ("random_cross_modality_deformed_label", "random_commutation_deformed_output")
+        mask = np.prod([recorded[f"{half}.{name}.mask"] for name in pair], axis=0)
+        for image, name in zip((real, made), pair, strict=True):
+            close(image, recorded[f"{half}.{name}"] * mask, 2e-4, f"{run} {name}")

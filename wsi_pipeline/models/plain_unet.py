@@ -10,6 +10,7 @@ Names of parameters are the published ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -35,19 +36,6 @@ class _DoubleConv(nn.Module):
         return F.leaky_relu(self.group_norm_2(self.conv2(x)), self.slope)
 
 
-class _Step(nn.Module):
-    """One level down, or up to a skip."""
-
-    def __init__(self, name: str, scale: nn.Module, double_conv: _DoubleConv) -> None:
-        super().__init__()
-        self.name = name
-        self.add_module(name, scale)
-        self.double_conv = double_conv
-
-    def forward(self, x: Tensor, *skip: Tensor) -> Tensor:
-        return self.double_conv(torch.cat([self.get_submodule(self.name)(x), *skip], dim=1))
-
-
 class PlainUNet(nn.Module):
     """``widths``: channels from the finest level to the coarsest; ``groups``: of the norms (None: no norms);
     ``slope``: of LeakyReLU (0: ReLU); ``dims``: 2 or 3.
@@ -67,19 +55,15 @@ class PlainUNet(nn.Module):
     ) -> None:
         super().__init__()
         conv, up = (nn.Conv2d, nn.ConvTranspose2d) if dims == 2 else (nn.Conv3d, nn.ConvTranspose3d)
-        self.initial_conv = _DoubleConv(in_channels, widths[0], None, slope, dims)
-        self.downsampling_blocks = nn.ModuleList(
-            _Step("downsampling", conv(fine, coarse, 2, 2), _DoubleConv(coarse, coarse, groups, slope, dims))
-            for fine, coarse in pairwise(widths)
-        )
-        self.upsampling_blocks = nn.ModuleList(
-            _Step(
-                "upsampling",
-                up(coarse, coarse, 2, 2),
-                _DoubleConv(coarse + fine, fine, groups if level else None, slope, dims),
-            )
-            for level, (fine, coarse) in reversed(list(enumerate(pairwise(widths))))
-        )
+        double = partial(_DoubleConv, slope=slope, dims=dims)
+        self.initial_conv = double(in_channels, widths[0], None)
+        self.downsampling_blocks, self.upsampling_blocks = nn.ModuleList(), nn.ModuleList()
+        for fine, coarse in pairwise(widths):
+            down = {"downsampling": conv(fine, coarse, 2, 2), "double_conv": double(coarse, coarse, groups)}
+            self.downsampling_blocks.append(nn.ModuleDict(down))
+            norms = groups if len(self.upsampling_blocks) else None
+            rise = {"upsampling": up(coarse, coarse, 2, 2), "double_conv": double(coarse + fine, fine, norms)}
+            self.upsampling_blocks.insert(0, nn.ModuleDict(rise))
         self.final_conv = conv(widths[0], out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,9 +71,9 @@ class PlainUNet(nn.Module):
         x = self.initial_conv(x)
         skips = [x]
         for step in self.downsampling_blocks:
-            x = step(x)
+            x = step["double_conv"](step["downsampling"](x))
             skips.append(x)
         for step, skip in zip(self.upsampling_blocks, skips[-2::-1], strict=True):
-            x = step(x, skip)
+            x = step["double_conv"](torch.cat([step["upsampling"](x), skip], dim=1))
         out: Tensor = self.final_conv(x)
         return out

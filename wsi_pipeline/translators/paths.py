@@ -291,6 +291,7 @@ class VPPath:
         scheduler = DPMSolverMultistepScheduler(
             num_train_timesteps=self.steps, trained_betas=self.betas.tolist(), prediction_type="sample"
         )
+        scheduler.alphas_cumprod = self.abar.numpy()  # its own are float32, and numpy 2 warns of torch's
         scheduler.set_timesteps(timesteps=list(grid[:-1]))
 
         def step(k: int, x: Tensor, x0_hat: Tensor, z: Tensor | None, v: Tensor | None) -> Tensor:

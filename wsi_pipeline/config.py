@@ -28,6 +28,7 @@ _LISTS = {
     "TrainConfig": "train --show-config",
     "CohortConfig": "tile --show-config",
     "EvaluateConfig": "evaluate --help",
+    **dict.fromkeys(("AdmOptions", "BridgeOptions", "Pix2PixOptions"), "models import --help"),
 }
 
 

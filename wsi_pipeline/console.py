@@ -23,6 +23,7 @@ from wsi_pipeline.models.bundle import BundleFacts
 from wsi_pipeline.pipeline.convert import ConvertResult
 from wsi_pipeline.pipeline.events import Event, Notice, Planned, Progress, Stage
 from wsi_pipeline.runs.events import RunProgress, SlideChanged
+from wsi_pipeline.translators.bundle import TranslatorFacts
 
 if TYPE_CHECKING:
     from wsi_pipeline.runs.run import RunResult
@@ -207,15 +208,19 @@ def show_result(values: dict[str, Any], text: str, log_format: str) -> None:
         sys.stdout.write(text + "\n")
 
 
-def show_bundle(facts: BundleFacts, log_format: str) -> None:
-    """The facts of a bundle as a table or as JSON."""
+def show_bundle(facts: BundleFacts | TranslatorFacts, log_format: str) -> None:
+    """The facts of a weights file as a table or as JSON."""
     if log_format == "json":
         _json_line({"event": "result", **_bundle_values(facts)})
+        return
+    made = f"{facts.path} ({_size(facts.size_bytes)}), by {facts.created_by}"
+    if isinstance(facts, TranslatorFacts):
+        _table([("translator", made), *_translator_rows(facts)])
         return
     captions = ", ".join(f'{direction} "{text}"' for direction, text in facts.prompts.items())
     _table(
         [
-            ("bundle", f"{facts.path} ({_size(facts.size_bytes)}), by {facts.created_by}"),
+            ("bundle", made),
             ("directions", captions),
             ("trained at", f"{facts.mpp:g} µm/px, tiles of {facts.tile} px"),
             (
@@ -240,7 +245,9 @@ def show_imported(result: ImportResult, log_format: str) -> None:
         sys.stderr.write(f"Note: {notice}\n")
     show_bundle(facts, log_format)
     weights = shlex.quote(str(facts.path))
-    sys.stdout.write(f"Next: wsi-pipeline convert SLIDE -o OUT.ome.zarr --weights {weights}\n")
+    translates = isinstance(facts, BundleFacts) or facts.spec.translates
+    what = "convert SLIDE -o OUT.ome.zarr" if translates else "sample -o OUT"
+    sys.stdout.write(f"Next: wsi-pipeline {what} --weights {weights}\n")
 
 
 def show_fetched(result: Fetched, log_format: str) -> None:
@@ -254,8 +261,30 @@ def show_fetched(result: Fetched, log_format: str) -> None:
     )
 
 
-def _bundle_values(facts: BundleFacts) -> dict[str, Any]:
-    return {**_plain(asdict(facts)), "directions": facts.directions}
+def _bundle_values(facts: BundleFacts | TranslatorFacts) -> dict[str, Any]:
+    directions = {"directions": facts.directions} if isinstance(facts, BundleFacts) else {}
+    return {**_plain(asdict(facts)), **directions}
+
+
+def _translator_rows(facts: TranslatorFacts) -> list[tuple[str, str]]:
+    spec, network = facts.spec, facts.spec.network
+    works = "one pass of the network"
+    if spec.diffusion is not None:
+        path, condition = spec.diffusion.path, spec.diffusion.condition
+        works = f"{path.kind} of {path.steps} steps on {spec.diffusion.representation.kind}"
+        works += f", {spec.sampling.nfe} passes" + (", source beside the state" if condition.concat else "")
+        works += f", {condition.classes} classes {', '.join(spec.classes)}" if condition.classes else ""
+    return [
+        ("network", f"{network.family}, {network.base} channels x {list(network.mult)}, norm {network.norm}"),
+        ("works by", works),
+        (
+            "made for",
+            f"{spec.mpp:g} µm/px, tiles of {spec.tile} px, {spec.channels} channels, axes {spec.axes}",
+        ),
+        ("source", spec.source),
+        ("weights", f"{facts.identity} (as in manifests)"),
+        ("licence", spec.licence),
+    ]
 
 
 def show_doctor(log_format: str) -> None:

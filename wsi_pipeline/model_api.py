@@ -8,19 +8,21 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wsi_pipeline.errors import CheckpointError, ConfigError
-from wsi_pipeline.models.bundle import BundleFacts, check_target, load_bundle, load_facts, save_bundle
+from wsi_pipeline.models.bundle import BundleFacts, check_target, load_bundle, save_bundle
 from wsi_pipeline.models.hub import SD_TURBO, fetch_base, find_base, load_base
 from wsi_pipeline.models.prompts import PROMPTS, embed_prompts
+from wsi_pipeline.translators.bundle import TranslatorFacts, load_any_facts, save_translator
 
 if TYPE_CHECKING:
     from wsi_pipeline.models.base_model import Base
     from wsi_pipeline.models.layout import Direction
     from wsi_pipeline.models.weights import Imported, Prompt
+    from wsi_pipeline.translators.importers import Kind
 
 __all__ = [
     "MPP",
@@ -31,6 +33,7 @@ __all__ = [
     "ImportResult",
     "export_model",
     "fetch_model",
+    "import_foreign",
     "import_model",
     "show_model",
 ]
@@ -61,7 +64,7 @@ OTHER_LICENCE = "img2img-turbo's code is MIT; ask the author of these weights fo
 class ImportResult:
     """A new bundle; ``notices``: what the user should know about the file that was imported."""
 
-    facts: BundleFacts
+    facts: BundleFacts | TranslatorFacts
     notices: tuple[str, ...]
 
 
@@ -97,10 +100,11 @@ def import_model(
     """
     _need_frameworks()
     from wsi_pipeline.models.checkpoint_file import read_checkpoint
+    from wsi_pipeline.models.lora_turbo import SIZE_MULTIPLE
     from wsi_pipeline.models.published import import_checkpoint
     from wsi_pipeline.models.weights import TurboWeights, tensors_digest
 
-    _check_size(mpp, tile)
+    _check_size(mpp, tile, SIZE_MULTIPLE)
     check_target(Path(out), overwrite)
     folder = find_base(base)
     read_checkpoint(checkpoint)  # a wrong file is told before minutes go into reading the base
@@ -121,6 +125,32 @@ def import_model(
         digest=tensors_digest(found.tensors),
     )
     return ImportResult(facts=save_bundle(weights, out, overwrite), notices=found.notices)
+
+
+def import_foreign(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    kind: Kind,
+    options: Any = None,
+    mpp: float = MPP,
+    tile: int | None = None,
+    overwrite: bool = False,
+) -> ImportResult:
+    """Make a translator's file of a checkpoint of another program: ``adm``, ``i2sb`` or ``pix2pix``.
+
+    ``options``: how it was trained, of ``importers.OPTIONS[kind]``; ``mpp``, ``tile``: as of
+    ``import_model``, None: what the network was made for. Raises ConfigError, and CheckpointError for a file
+    that does not fit.
+    """
+    _need_frameworks()
+    from wsi_pipeline.translators.importers import import_translator
+
+    check_target(Path(out), overwrite)
+    found = import_translator(checkpoint, kind=kind, options=options)
+    spec = replace(found.spec, mpp=mpp, tile=tile or found.spec.tile)
+    _check_size(mpp, spec.tile, spec.multiple)
+    return ImportResult(facts=save_translator(spec, found.tensors, out, overwrite), notices=found.notices)
 
 
 def export_model(bundle: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
@@ -146,9 +176,9 @@ def fetch_model(hub_id: str = SD_TURBO) -> Fetched:
     return Fetched(hub_id=hub_id, folder=folder, size_bytes=size)
 
 
-def show_model(bundle: str | Path) -> BundleFacts:
+def show_model(bundle: str | Path) -> BundleFacts | TranslatorFacts:
     """What a bundle is; its tensors are not read. Raises CheckpointError."""
-    return load_facts(bundle)
+    return load_any_facts(bundle)
 
 
 def _need_frameworks() -> None:
@@ -159,17 +189,13 @@ def _need_frameworks() -> None:
         )
 
 
-def _check_size(mpp: float, tile: int) -> None:
-    from wsi_pipeline.models.lora_turbo import SIZE_MULTIPLE
-
+def _check_size(mpp: float, tile: int, multiple: int) -> None:
     if not (math.isfinite(mpp) and 0.05 <= mpp <= 5):
         raise ConfigError(f"--mpp {mpp}: is no pixel size of tissue; give µm per pixel, e.g. {MPP} for 20x")
-    if tile < SIZE_MULTIPLE or tile % SIZE_MULTIPLE:
-        below, above = (tile // SIZE_MULTIPLE + k for k in (0, 1))
-        nearest = " or ".join(str(count * SIZE_MULTIPLE) for count in (below, above) if count > 0)
-        raise ConfigError(
-            f"--tile {tile}: is not a multiple of {SIZE_MULTIPLE}; give {nearest or SIZE_MULTIPLE}"
-        )
+    if tile < multiple or tile % multiple:
+        below, above = (tile // multiple + k for k in (0, 1))
+        nearest = " or ".join(str(count * multiple) for count in (below, above) if count > 0)
+        raise ConfigError(f"--tile {tile}: is not a multiple of {multiple}; give {nearest or multiple}")
 
 
 def _embedded(

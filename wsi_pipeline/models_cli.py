@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from wsi_pipeline.errors import ConfigError
 from wsi_pipeline.model_api import MPP, PROMPTS, SD_TURBO, TILE
+
+if TYPE_CHECKING:
+    from wsi_pipeline.models.layout import Direction
 
 __all__ = ["app"]
 
@@ -42,14 +46,35 @@ def list_generators(log_format: LogOpt = "text") -> None:
 @app.command("import")
 def import_weights(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CKPT", help="model.pkl of Diffusion-FFPE or img2img-turbo.")
+        Path, typer.Argument(metavar="CKPT", help="model.pkl of Diffusion-FFPE, or what --kind names.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="NAME.safetensors")],
+    kind: Annotated[
+        Literal["diffusion-ffpe", "adm", "i2sb", "pix2pix"],
+        typer.Option(
+            help="diffusion-ffpe (also img2img-turbo), adm (guided-diffusion), i2sb (latest.pt, or adm's "
+            "file to begin training with), pix2pix (latest_net_G.pth)."
+        ),
+    ] = "diffusion-ffpe",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="What a file does not state. adm, i2sb: heads, head_width, new_attention_order, steps; "
+            "adm: schedule, classes; i2sb: beta_max, ode, cond_x1; pix2pix: tanh.",
+        ),
+    ] = None,
     base: Annotated[
         str, typer.Option(metavar="PATH_OR_HUB_ID", help="The base model that it was trained on.")
     ] = SD_TURBO,
     mpp: Annotated[float, typer.Option(help="µm per pixel that it was trained at.")] = MPP,
-    tile: Annotated[int, typer.Option(help="Side in pixels of the tiles that it was trained on.")] = TILE,
+    tile: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Side in pixels of the tiles that it was trained on [default: {TILE}, or by --kind]."
+        ),
+    ] = None,
     prompt_a2b: Annotated[str, typer.Option(help="Caption, fresh-frozen to FFPE.")] = PROMPTS["a2b"],
     prompt_b2a: Annotated[str, typer.Option(help="Caption, FFPE to fresh-frozen.")] = PROMPTS["b2a"],
     overwrite: OverwriteOpt = False,
@@ -57,17 +82,23 @@ def import_weights(
 ) -> None:
     """Make one .safetensors of a published checkpoint and its base; nothing else is needed to convert."""
     from wsi_pipeline.console import show_imported
-    from wsi_pipeline.model_api import import_model
+    from wsi_pipeline.model_api import import_foreign, import_model
 
-    result = import_model(
-        checkpoint,
-        out,
-        base=base,
-        mpp=mpp,
-        tile=tile,
-        prompts={"a2b": prompt_a2b, "b2a": prompt_b2a},
-        overwrite=overwrite,
-    )
+    if kind == "diffusion-ffpe":
+        if settings:
+            raise ConfigError(f"--set {settings[0]}: is for other kinds; name one with --kind")
+        prompts: dict[Direction, str] = {"a2b": prompt_a2b, "b2a": prompt_b2a}
+        result = import_model(
+            checkpoint, out, base=base, mpp=mpp, tile=tile or TILE, prompts=prompts, overwrite=overwrite
+        )
+    else:
+        from wsi_pipeline.config import load_settings
+        from wsi_pipeline.translators.importers import OPTIONS
+
+        options = load_settings(OPTIONS[kind], None, settings or [])
+        result = import_foreign(
+            checkpoint, out, kind=kind, options=options, mpp=mpp, tile=tile, overwrite=overwrite
+        )
     show_imported(result, log_format)
 
 
@@ -103,7 +134,7 @@ def fetch_base_model(
 
 @app.command("show")
 def show_weights(bundle: BundleArg, log_format: LogOpt = "text") -> None:
-    """What a bundle is: directions, base model, pixel size, digests, licence."""
+    """What a weights file is: directions or network, pixel size, digests, licence."""
     from wsi_pipeline.console import show_bundle
     from wsi_pipeline.model_api import show_model
 

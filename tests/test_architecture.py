@@ -36,7 +36,7 @@ FLOORS = {
 TOP = {
     *("api", "cli", "config", "console", "doctor", "model_api", "models_cli", "__init__"),
     *("audit_cli", "cohort_cli", "convert_cli", "evaluate_cli", "train_cli"),
-    *("register_cli", "sample_cli", "study_cli"),
+    *("register_cli", "sample_cli", "series_cli", "study_cli"),
 }
 CORE_MAY_USE = {"numpy", "scipy", "skimage", "cv2", "wsi_pipeline"} | set(sys.stdlib_module_names)
 CORE_MAY_NOT_USE = {"time", "random", "socket", "subprocess", "urllib", "threading", "logging"}

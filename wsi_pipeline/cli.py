@@ -12,7 +12,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from wsi_pipeline import audit_cli, cohort_cli, convert_cli, evaluate_cli, models_cli, study_cli, train_cli
+from wsi_pipeline import (
+    audit_cli,
+    cohort_cli,
+    convert_cli,
+    evaluate_cli,
+    models_cli,
+    sample_cli,
+    series_cli,
+    study_cli,
+    train_cli,
+)
 from wsi_pipeline._version import __version__
 from wsi_pipeline.convert_cli import ConfigOpt, LogOpt, SetOpt
 
@@ -35,8 +45,10 @@ app.add_typer(models_cli.app, name="models")
 app.add_typer(study_cli.app, name="study")
 app.command("plan")(convert_cli.plan)
 app.command("convert")(convert_cli.convert)
+app.command("series")(series_cli.series)
 app.command("tile")(cohort_cli.tile)
 app.command("train")(train_cli.train)
+app.command("sample")(sample_cli.sample)
 app.command("evaluate")(evaluate_cli.evaluate)
 app.command("audit")(audit_cli.audit)
 

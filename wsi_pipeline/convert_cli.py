@@ -223,6 +223,9 @@ def _implied(path: Path | None, weights: Path | None) -> str | None:
     if weights is None:
         return None
     from wsi_pipeline.config import load_config
+    from wsi_pipeline.translators.bundle import is_translator
 
     default = load_config().generator.name
-    return "lora_turbo" if path is None or load_config(path).generator.name == default else None
+    if path is not None and load_config(path).generator.name != default:
+        return None
+    return "translator" if is_translator(weights) else "lora_turbo"

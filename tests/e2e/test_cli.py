@@ -221,7 +221,7 @@ def test_version() -> None:
 def test_models_and_doctor_answer(tmp_path: Path) -> None:
     models = run("models", "--log-format", "json")
     names = [json.loads(line)["name"] for line in models.stdout.splitlines()]
-    assert names == ["ffpe_mini", "identity", "lora_turbo", "stain_transfer"]
+    assert names == ["ffpe_mini", "identity", "lora_turbo", "stain_transfer", "translator"]
     doctor = [json.loads(line) for line in run("doctor", "--log-format", "json").stdout.splitlines()]
     assert {"versions", "devices", "disk"} <= {finding["part"] for finding in doctor}
 

@@ -65,7 +65,7 @@ WRONG = {
     "data.frozen.icee=1": r"data\.frozen\.icee: no such setting",
     "loop.steps=many": r"loop\.steps: .*got 'many'",
     "loop.precision=fp16": r"loop\.precision: .*got 'fp16'",
-    "objective.kind=pix2pix": r"objective\.kind: .*got 'pix2pix'",
+    "objective.kind=cyclegan2": r"objective\.kind: .*got 'cyclegan2'",
     "objective.adversarial.latent=smaple": r"objective\.adversarial\.latent: .*got 'smaple'",
     "optimiser.schedule=step": r"optimiser\.schedule: .*got 'step'",
     "model.trainable=some": r"model\.trainable: .*got 'some'",
@@ -97,7 +97,7 @@ def test_a_wrong_setting_is_named(override: str) -> None:
     "pair", [("weights=x", "base=y"), ("base=y", "scratch=mini"), ("weights=x", "scratch=mini")]
 )
 def test_a_run_begins_in_one_place(pair: tuple[str, str]) -> None:
-    with pytest.raises(ConfigError, match="give one of weights, base and scratch"):
+    with pytest.raises(ConfigError, match="give one of weights, base, scratch and network"):
         load(*(f"model.{value}" for value in pair))
 
 
@@ -110,7 +110,7 @@ def objective(directions: tuple[str, ...], *overrides: str) -> Any:
 
 
 def test_paired_training_needs_pairs() -> None:
-    with pytest.raises(ConfigError, match=r"paired needs pairs, and data\.pairing is unpaired"):
+    with pytest.raises(ConfigError, match=r"paired needs data\.pairing aligned or simulated, not unpaired"):
         objective(("a2b",), "objective.kind=paired")
 
 

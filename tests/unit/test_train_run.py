@@ -38,6 +38,7 @@ class Net(nn.Module):
     """Adds a colour to its input; what it learns is which."""
 
     directions = ("a2b",)
+    digest = "0"
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,8 +48,11 @@ class Net(nn.Module):
     def forward(self, x: Tensor, direction: str, noise: Tensor | None = None) -> Tensor:
         return (x + self.colour).clamp(-1, 1)
 
-    def weights(self, learned: dict[str, Tensor]) -> dict[str, Tensor]:
-        return learned
+    def translate(self, image: Tensor, direction: str, number: int) -> Tensor:
+        return self(image, direction)
+
+    def save(self, learned: dict[str, Tensor], path: Path) -> None:
+        save_file(learned, path)
 
 
 class Copy(Net):
@@ -58,24 +62,17 @@ class Copy(Net):
         return x + 0.0 * self.colour
 
 
-def _save(tensors: dict[str, Tensor], path: Path, overwrite: bool) -> None:
-    assert overwrite
-    save_file(tensors, path)
-
-
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, Net)
-    monkeypatch.setattr(module, "initial_weights", lambda *_: SimpleNamespace(digest="0"))
     monkeypatch.setattr(
         module, "make_objective", lambda _, net, *__: PairedObjective(net, PairedConfig(), None)
     )
-    monkeypatch.setattr(module, "save_bundle", _save)
-    monkeypatch.setattr(module, "load_facts", lambda path: SimpleNamespace(path=path))
+    monkeypatch.setattr(module, "load_any_facts", lambda path: SimpleNamespace(path=path))
 
 
 def use(monkeypatch: pytest.MonkeyPatch, network: type[Net]) -> None:
-    monkeypatch.setattr(module, "make_network", lambda *_: network())
+    monkeypatch.setattr(module, "make_trainee", lambda *_: network())
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +127,7 @@ WRITES: list[tuple[Any, str]] = [
     (module, "save_checkpoint"),
     (module, "prune"),
     (module, "save_grid"),
-    (module, "save_bundle"),
+    (Net, "save"),
     (RunLog, "write"),
     (folder_module.RunFolder, "show_best"),
     (folder_module.os, "replace"),

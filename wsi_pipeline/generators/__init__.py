@@ -27,6 +27,7 @@ GENERATORS: dict[str, str] = {
     "identity": "wsi_pipeline.generators.identity:Identity",
     "lora_turbo": "wsi_pipeline.generators.lora_turbo:LoraTurbo",
     "stain_transfer": "wsi_pipeline.generators.stain_transfer:StainTransfer",
+    "translator": "wsi_pipeline.generators.translator:Translator",
 }
 
 

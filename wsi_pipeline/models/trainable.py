@@ -17,12 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from wsi_pipeline.models.assemble import ADAPTER, with_adapters, without_adapters
+from wsi_pipeline.models.bundle import save_bundle
 from wsi_pipeline.models.layout import VAES, Direction
 from wsi_pipeline.models.lora_turbo import Translator
 from wsi_pipeline.models.weights import TurboWeights, tensors_digest
@@ -84,6 +86,20 @@ class TurboNetwork(nn.Module):
     def _any(self) -> Translator:
         first: Translator = next(iter(self.translators.values()))
         return first
+
+    @property
+    def digest(self) -> str:
+        """Of the weights that training begins with."""
+        return self._initial.digest
+
+    def translate(self, image: Tensor, direction: Direction, number: int) -> Tensor:
+        """A tile as ``forward`` makes it, whatever its ``number``: nothing is drawn."""
+        translated: Tensor = self(image, direction)
+        return translated
+
+    def save(self, learned: Mapping[str, Tensor], path: Path) -> None:
+        """Write the bundle, with ``learned`` in place of what it has."""
+        save_bundle(self.weights(learned), path, overwrite=True)
 
     def forward(self, x: Tensor, direction: Direction, noise: Tensor | None = None) -> Tensor:
         """Translated tiles [B, 3, H, W] in [-1, 1], float32; see ``Translator``."""

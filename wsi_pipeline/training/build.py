@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wsi_pipeline.errors import ConfigError
 from wsi_pipeline.models.backbones import Backbone, build_backbone
@@ -17,15 +18,25 @@ from wsi_pipeline.models.fresh import fresh_adapters, from_scratch
 from wsi_pipeline.models.hub import SD_TURBO, find_base, load_base
 from wsi_pipeline.models.layout import VAES, Direction
 from wsi_pipeline.models.lpips import make_lpips
+from wsi_pipeline.models.network_config import NetworkConfig
+from wsi_pipeline.models.pix2pix import PatchGAN
 from wsi_pipeline.models.prompts import embed_prompts
 from wsi_pipeline.models.trainable import TurboNetwork
 from wsi_pipeline.models.weights import Prompt, TurboWeights, tensors_digest
 from wsi_pipeline.training.adversarial import AdversarialConfig, AdversarialObjective
+from wsi_pipeline.training.aligned import AlignedObjective, aligned_networks
+from wsi_pipeline.training.bands import measured
 from wsi_pipeline.training.config import ModelConfig, TrainConfig
+from wsi_pipeline.training.data import TileSamples, tiles_mpp
+from wsi_pipeline.training.equivariance import WithCommutation
 from wsi_pipeline.training.objective import Objective
 from wsi_pipeline.training.paired import PairedObjective
+from wsi_pipeline.training.path import PathObjective
+from wsi_pipeline.training.pix2pix import Pix2PixObjective
+from wsi_pipeline.translators.bundle import TranslatorSpec, is_translator, load_translator
+from wsi_pipeline.translators.trainable import TileNetwork
 
-__all__ = ["initial_weights", "make_network", "make_objective"]
+__all__ = ["Trainee", "initial_weights", "make_objective", "make_trainee"]
 
 LICENCE = (
     "Trained with wsi-pipeline on {base}; the terms of what it was trained on and with apply: base, training "
@@ -48,7 +59,7 @@ def initial_weights(config: ModelConfig, seed: int, tiles_mpp: float | None = No
                 f"{config.weights}: has no direction {sorted(lacking)[0]}; train with model.directions=a2b "
                 "and objective.kind=paired, or begin with other weights"
             )
-        return weights if config.directions == "both" else _one_way(weights)
+        return weights if config.directions == "both" else _a2b_alone(weights)
     mpp = config.mpp or tiles_mpp or MPP
     captions: dict[Direction, str] = {"a2b": config.prompt_a2b}
     if config.directions == "both":
@@ -70,7 +81,7 @@ def initial_weights(config: ModelConfig, seed: int, tiles_mpp: float | None = No
     )
 
 
-def _one_way(weights: TurboWeights) -> TurboWeights:
+def _a2b_alone(weights: TurboWeights) -> TurboWeights:
     """The direction a2b alone."""
     vaes = tuple(vae for vae in weights.layout.vaes if vae in VAES["a2b"])
     layout = replace(weights.layout, vaes=vaes)
@@ -98,33 +109,133 @@ def _from_scratch(
     )
 
 
-def make_network(config: TrainConfig, weights: TurboWeights, device: torch.device) -> TurboNetwork:
-    """The networks of the directions that are trained, on the device."""
+class Trainee(Protocol):
+    """What the run trains and knows no more of than this; ``digest``: of the weights that it begins with."""
+
+    learning: dict[str, nn.Parameter]
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def directions(self) -> tuple[Direction, ...]: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def translate(self, image: Tensor, direction: Direction, number: int) -> Tensor:
+        """A tile [1, 3, H, W] in [-1, 1] as the finished generator would make it; draws belong to
+        ``number``."""
+
+    def save(self, learned: Mapping[str, Tensor], path: Path) -> None:
+        """Write the weights file, with ``learned`` in place of what it has."""
+
+
+def make_trainee(config: TrainConfig, samples: TileSamples, device: torch.device) -> Any:
+    """The networks that are trained, on the device: a ``TurboNetwork`` or a ``TileNetwork``.
+
+    Raises ConfigError, CheckpointError.
+    """
+    model, bf16 = config.model, config.loop.precision == "bf16"
+    mpp = tiles_mpp(config.data)
+    if model.network is not None or (model.weights is not None and is_translator(model.weights)):
+        return _tile_network(config, samples, mpp, bf16).to(device)
+    if config.objective.kind == "diffusion":
+        raise ConfigError(
+            "objective.kind: diffusion trains another network than this; set model.network.family=unet2d"
+        )
     network = TurboNetwork(
-        weights,
-        trainable=config.model.trainable,
-        train_local=config.model.train_local_lora,
-        recompute=config.model.recompute,
-        bf16=config.loop.precision == "bf16",
+        initial_weights(model, config.loop.seed, mpp),
+        trainable=model.trainable,
+        train_local=model.train_local_lora,
+        recompute=model.recompute,
+        bf16=bf16,
     )
-    network.to(device).train()
-    return network
+    return network.to(device).train()
 
 
-def make_objective(config: TrainConfig, network: TurboNetwork, device: torch.device, seed: int) -> Objective:
-    """The objective that the settings name. Raises ConfigError for one that does not fit the network or
-    data."""
-    if config.objective.kind == "paired":
-        if config.data.pairing == "unpaired":
+def _tile_network(config: TrainConfig, samples: TileSamples, mpp: float | None, bf16: bool) -> TileNetwork:
+    model, path = config.model, config.objective.diffusion
+    diffusion = None
+    if config.objective.kind == "diffusion":
+        representation = measured(path.representation, samples, path.measure_bands)
+        diffusion = replace(path.system, representation=representation)
+    tensors = None
+    if model.weights is not None:
+        facts, tensors = load_translator(model.weights)
+        spec = replace(facts.spec, mpp=model.mpp or mpp or facts.spec.mpp)
+        if diffusion is not None:
+            spec = replace(spec, diffusion=diffusion, sampling=path.sampling)
+    else:
+        names = () if samples.labels is None or diffusion is None else samples.labels.names
+        classes = 0 if diffusion is None else diffusion.condition.classes
+        if names and classes and len(names) != classes:
             raise ConfigError(
-                "objective.kind: paired needs pairs, and data.pairing is unpaired; give aligned or simulated "
-                "data, or train with objective.kind=adversarial"
+                f"objective.diffusion.condition.classes: is {classes}, and the data has {len(names)} "
+                f"({', '.join(names)})"
             )
-        paired = config.objective.paired
+        spec = TranslatorSpec(
+            network=model.network or NetworkConfig(),
+            diffusion=diffusion,
+            sampling=path.sampling,
+            mpp=model.mpp or mpp or MPP,
+            tile=model.tile,
+            classes=names if classes else (),
+            licence=model.licence or LICENCE.format(base="no base, from nothing"),
+        )
+    if config.data.crop % spec.multiple:
+        raise ConfigError(
+            f"data.crop: {config.data.crop} px is not a multiple of {spec.multiple} (the network's)"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.loop.seed)
+        return TileNetwork(spec, tensors, bf16)
+
+
+def make_objective(config: TrainConfig, network: Any, device: torch.device, seed: int) -> Objective:
+    """The objective that the settings name. Raises ConfigError for one that does not fit the network."""
+    objective = _objective(config, network, device, seed)
+    if not config.objective.equivariance.weight:
+        return objective
+    if config.objective.kind == "diffusion":
+        raise ConfigError(
+            "objective.equivariance: a denoiser makes no picture in one pass; set its weight to 0"
+        )
+    return WithCommutation(objective, _one_way(network), config.objective.equivariance)
+
+
+def _one_way(network: Any) -> Callable[[Tensor], Tensor]:
+    def translate(image: Tensor) -> Tensor:
+        made: Tensor = network(image, "a2b")
+        return made
+
+    return translate
+
+
+def _objective(config: TrainConfig, network: Any, device: torch.device, seed: int) -> Objective:
+    settings = config.objective
+    if settings.kind == "diffusion":
+        return PathObjective(network, settings.diffusion)
+    if settings.kind == "paired":
+        paired = settings.paired
         return PairedObjective(network, paired, _perceptual(paired.lpips > 0, paired.lpips_vgg, device))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if settings.kind == "pix2pix":
+            judge = PatchGAN(in_channels=6, norm=settings.pix2pix.norm).to(device).train()
+            return Pix2PixObjective(network, judge, settings.pix2pix)
+    if settings.kind == "aligned":
+        registration, judge = aligned_networks(settings.aligned, seed)
+        registration.to(device).train()
+        judge = None if judge is None else judge.to(device).train()
+        return AlignedObjective(_one_way(network), network.learning, registration, judge, settings.aligned)
     if len(network.directions) < 2:
         raise ConfigError("objective.kind: adversarial needs both directions; set model.directions=both")
-    settings = config.objective.adversarial
+    return _adversarial(settings.adversarial, network, device, seed)
+
+
+def _adversarial(
+    settings: AdversarialConfig, network: TurboNetwork, device: torch.device, seed: int
+) -> Objective:
     backbone = build_backbone(settings.backbone)
     judges = {
         direction: _judge(settings, backbone, seed + place).to(device).train()

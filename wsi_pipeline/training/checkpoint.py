@@ -150,7 +150,9 @@ def learned_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
             if name.startswith(prefix) and not name.endswith(tuple(f"/{m}" for m in _MOMENTS))
         }
         if found:
-            return found
+            moving = "buffer/generator/"  # statistics of norms belong to the weights
+            rest = {n.removeprefix(moving): t for n, t in stored.items() if n.startswith(moving)}
+            return found | rest
     raise CheckpointError(f"{checkpoint.path}: holds no generator")
 
 

@@ -10,11 +10,16 @@ from typing import Any, Literal
 
 from wsi_pipeline.errors import ConfigError
 from wsi_pipeline.models.lora_turbo import SIZE_MULTIPLE
+from wsi_pipeline.models.network_config import NetworkConfig
 from wsi_pipeline.models.trainable import Trainable
 from wsi_pipeline.readers.mpp import plausible
 from wsi_pipeline.training.adversarial import AdversarialConfig
+from wsi_pipeline.training.aligned import AlignedConfig
 from wsi_pipeline.training.data import DataConfig
+from wsi_pipeline.training.equivariance import EquivarianceConfig
 from wsi_pipeline.training.paired import PairedConfig
+from wsi_pipeline.training.path import PathObjectiveConfig
+from wsi_pipeline.training.pix2pix import Pix2PixConfig
 from wsi_pipeline.training.validation import ValidationConfig
 
 __all__ = ["LoopConfig", "ModelConfig", "ObjectiveConfig", "OptimiserConfig", "TrainConfig"]
@@ -22,20 +27,20 @@ __all__ = ["LoopConfig", "ModelConfig", "ObjectiveConfig", "OptimiserConfig", "T
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """What is trained. Exactly one of ``weights``, ``base`` and ``scratch`` says where it begins.
+    """What is trained. One of ``weights``, ``base``, ``scratch`` and ``network`` says where it begins.
 
     ``weights``: a bundle; ``base``: folder or hub id of SD-Turbo, for fresh adapters; ``scratch``: ``mini``,
-    a small network from nothing. ``directions``: ``both``, or ``a2b`` alone (paired training);
-    ``multi_view``: encode tiles as 4x4 cells, too; ``trainable``: ``adapters`` or ``all``;
-    ``train_local_lora``: also the adapters of the local encoders (the published program did not);
-    ``recompute``: gradient checkpointing; ``mpp``: µm per pixel that the bundle states and `convert` then
-    works at (None: that of the tiles); ``tile``: side in px of the tiles that `convert` will make;
-    ``licence``: what users of the weights have to know.
-    """
+    a small network from nothing; ``network``: another translator, from nothing. ``directions``: ``both``, or
+    ``a2b`` alone (paired training); ``multi_view``: encode tiles as 4x4 cells, too; ``trainable``:
+    ``adapters`` or ``all``; ``train_local_lora``: also the adapters of the local encoders (the published
+    program did not); ``recompute``: gradient checkpointing; ``mpp``: µm per pixel that the bundle states and
+    `convert` then works at (None: that of the tiles); ``tile``: side in px of the tiles that `convert` will
+    make; ``licence``: what users of the weights have to know."""
 
     weights: str | None = None
     base: str | None = None
     scratch: Literal["mini"] | None = None
+    network: NetworkConfig | None = None
     rank_unet: int = 128
     rank_vae: int = 4
     directions: Literal["both", "a2b"] = "both"
@@ -50,8 +55,8 @@ class ModelConfig:
     licence: str = ""
 
     def __post_init__(self) -> None:
-        if sum(value is not None for value in (self.weights, self.base, self.scratch)) > 1:
-            raise ConfigError("model: give one of weights, base and scratch, not several")
+        if sum(value is not None for value in (self.weights, self.base, self.scratch, self.network)) > 1:
+            raise ConfigError("model: give one of weights, base, scratch and network, not several")
         for name in ("rank_unet", "rank_vae", "tile"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name}: {getattr(self, name)} is not a positive number")
@@ -61,11 +66,17 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectiveConfig:
-    """``kind``: ``adversarial`` (unpaired cycle training) or ``paired``; each has its settings."""
+    """``kind``: ``adversarial`` (unpaired cycle training), ``paired``, ``pix2pix`` (paired, with a judge),
+    ``diffusion`` (paths: diffusion and bridges) or ``aligned`` (roughly registered pairs); each has its
+    settings. ``equivariance``: a term that any of them but ``diffusion`` can add."""
 
-    kind: Literal["adversarial", "paired"] = "adversarial"
+    kind: Literal["adversarial", "paired", "pix2pix", "diffusion", "aligned"] = "adversarial"
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     paired: PairedConfig = field(default_factory=PairedConfig)
+    pix2pix: Pix2PixConfig = field(default_factory=Pix2PixConfig)
+    diffusion: PathObjectiveConfig = field(default_factory=PathObjectiveConfig)
+    aligned: AlignedConfig = field(default_factory=AlignedConfig)
+    equivariance: EquivarianceConfig = field(default_factory=EquivarianceConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,11 +163,32 @@ class TrainConfig:
                 raise ConfigError(f"{name}: {value} is not a number of 0 or more")
         if self.model.mpp is not None and not plausible((self.model.mpp, self.model.mpp)):
             raise ConfigError(f"model.mpp: {self.model.mpp} is no pixel size in µm; give 0.02 to 20")
+        self._check_pairing()
         if self.data.crop % SIZE_MULTIPLE:
             raise ConfigError(
                 f"data.crop: {self.data.crop} px is not a multiple of {SIZE_MULTIPLE}; give "
                 f"{max(1, self.data.crop // SIZE_MULTIPLE) * SIZE_MULTIPLE}"
             )
+
+    def _check_pairing(self) -> None:
+        """Data and objective have to fit: a loss that compares pixels must not be given strangers."""
+        kind, pairing = self.objective.kind, self.data.pairing
+        path = self.objective.diffusion
+        needs: dict[str, tuple[str, ...]] = {
+            "adversarial": ("unpaired", "aligned", "simulated"),
+            "paired": ("aligned", "simulated"),
+            "pix2pix": ("aligned", "simulated"),
+            "diffusion": ("aligned", "simulated") if path.translates else ("labelled", "unpaired", "aligned"),
+            "aligned": ("rough", "aligned", "simulated"),
+        }
+        if pairing in needs[kind]:
+            return
+        reason = f"objective.kind: {kind} needs data.pairing {' or '.join(needs[kind])}, not {pairing}"
+        if pairing == "rough":
+            reason += ": the pairs are not aligned; train with objective.kind=aligned, which registers them"
+        elif pairing == "unpaired":
+            reason += "; give aligned or simulated data, or train with objective.kind=adversarial"
+        raise ConfigError(reason)
 
 
 def _numbers(part: Any, prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -24,10 +24,11 @@ from wsi_pipeline.core.protocols import U8_BHWC, U8_HWC
 from wsi_pipeline.core.sampling import WindowedOrder, sample_rng, stream_key
 from wsi_pipeline.errors import ConfigError
 from wsi_pipeline.training.augment import SYMMETRIES, jitter_stain, turn
+from wsi_pipeline.training.labels import Labels, read_labels
 
 __all__ = ["DataConfig", "TileSamples", "TrainBatch", "batches", "tiles_mpp"]
 
-Pairing: TypeAlias = Literal["unpaired", "aligned", "simulated"]
+Pairing: TypeAlias = Literal["unpaired", "aligned", "rough", "simulated", "labelled"]
 Augment: TypeAlias = Literal["none", "d4", "d4+colour"]
 
 
@@ -37,17 +38,18 @@ class DataConfig:
 
     ``source``, ``target``: a tile index or a folder of pictures each, of which ``source_domain`` /
     ``target_domain`` and ``split`` take a part (None: FF and FFPE where there are both; a split counts where
-    the tiles have splits); ``pairing``: ``unpaired`` draws the two sides
-    independently, ``aligned`` takes tiles of the same name (folders) or pair and region (indices),
-    ``simulated`` makes both from the target (``source`` is not read) by the model of frozen artefacts
-    ``frozen`` (large ice holes stay in the target: nobody knows what was there); ``crop``: side in pixels, at
-    a random place of each tile; ``augment``: ``d4`` for the eight symmetries, ``d4+colour`` for mild changes
-    of stain too; ``mpp``: pixel size of pictures, which simulation needs; ``workers``: reading processes (0:
-    none, read inline); ``prefetch``: batches that each keeps ready; ``mix``: slides of each side from which
-    samples are drawn at a time, and which a process keeps open (another number is another order of samples,
-    where there are more slides); ``cache``: a folder on a fast disk for tiles of remote or slow slides,
-    ``cache_gib`` GiB at the most.
-    """
+    the tiles have splits); ``pairing``: ``unpaired`` draws the two sides independently, ``aligned`` takes
+    tiles of the same name (folders) or pair and region (indices), ``rough`` does the same with pairs that may
+    be off by some pixels, ``simulated`` makes both from the target (``source`` is not read) by the model of
+    frozen artefacts ``frozen`` (large ice holes stay in the target: nobody knows what was there),
+    ``labelled`` reads the target alone, with its class from ``labels`` (a CSV file with the columns ``slide``
+    or ``patient``, and ``label``) or the folder that it lies in; ``crop``: side in pixels, at a random place
+    of each tile; ``augment``: ``d4`` for the eight symmetries, ``d4+colour`` for mild changes of stain too;
+    ``mpp``: pixel size of pictures, which simulation needs; ``workers``: reading processes (0: none, read
+    inline); ``prefetch``: batches that each keeps ready; ``mix``: slides of each side from which samples are
+    drawn at a time, and which a process keeps open (another number is another order of samples, where there
+    are more slides); ``cache``: a folder on a fast disk for tiles of remote or slow slides, ``cache_gib`` GiB
+    at the most."""
 
     source: str = ""
     target: str = ""
@@ -55,6 +57,7 @@ class DataConfig:
     target_domain: str | None = None
     split: str | None = "train"
     pairing: Pairing = "unpaired"
+    labels: str | None = None
     crop: int = 512
     augment: Augment = "d4"
     mpp: float | None = None
@@ -73,11 +76,13 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainBatch:
-    """Samples of one step and rank: ``numbers`` int64 [B], pixels uint8 [B, H, W, 3] of both sides."""
+    """Samples of one step and rank: ``numbers`` int64 [B], pixels uint8 [B, H, W, 3] of both sides, and
+    ``labels`` int64 [B] where the data has classes."""
 
     numbers: npt.NDArray[np.int64]
     source_BHWC: U8_BHWC
     target_BHWC: U8_BHWC
+    labels: npt.NDArray[np.int64] | None = None
 
 
 class TileSamples:
@@ -90,13 +95,17 @@ class TileSamples:
         self._target = TileReader(target, open_slides=config.mix, cache=cache)
         self._source: TileReader | None = None
         self._pairs_N2: npt.NDArray[np.int64] | None = None
-        if config.pairing == "simulated":
-            _mpp(target, 0)  # all rows state their pixel size, or none
+        self.labels: Labels | None = None
+        if config.pairing == "labelled":
+            self.labels = read_labels(config.labels, target)
+        if config.pairing in ("simulated", "labelled"):
+            if config.pairing == "simulated":
+                _mpp(target, 0)  # all rows state their pixel size, or none
             self._orders = {"pair": self._order("pair", target.slide_N)}
             return
         source = _side(config, "source", config.source, config.source_domain)
         self._source = TileReader(source, open_slides=config.mix, cache=cache)
-        if config.pairing == "aligned":
+        if config.pairing in ("aligned", "rough"):
             self._pairs_N2 = _pairs(source, target)
             self._orders = {"pair": self._order("pair", source.slide_N[self._pairs_N2[:, 0]])}
         else:
@@ -125,6 +134,13 @@ class TileSamples:
             return 0
         return len(self._source.index) + len(self._target.index) - 2 * len(self._pairs_N2)
 
+    def labels_of(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
+        """Classes [B] of samples, None where the data has none."""
+        if self.labels is None:
+            return None
+        rows = [self._orders["pair"].at(number) for number in numbers.tolist()]
+        return np.array([self.labels.of_row[row] for row in rows], np.int64)
+
     def sample(self, number: int) -> tuple[U8_HWC, U8_HWC]:
         """Source and target of one sample, [crop, crop, 3] uint8 each; SlideError where a slide fails.
 
@@ -134,6 +150,9 @@ class TileSamples:
         if self._source is None:
             row = self._orders["pair"].at(number)
             ffpe_HWC = self._cut(self._target, row, number, "pair")
+            if self.config.pairing == "labelled":
+                made_HWC = self._coloured(ffpe_HWC, number, "target")
+                return made_HWC, made_HWC
             mpp, rng = _mpp(self._target.index, row), sample_rng(self.seed, number, "frozen")
             source_HWC, target_HWC = simulate_pair(ffpe_HWC, mpp, self.config.frozen, rng)
             return self._coloured(source_HWC, number, "source"), target_HWC
@@ -239,7 +258,9 @@ def tiles_mpp(config: DataConfig) -> float | None:
 
     Raises ConfigError where the two sides differ by more than a tenth: the generator would learn to enlarge.
     """
-    named = {"target": config.target, "source": "" if config.pairing == "simulated" else config.source}
+    named = {"target": config.target, "source": config.source}
+    if config.pairing in ("simulated", "labelled"):
+        named["source"] = ""
     found = {}
     for name, path in named.items():
         mpp = load_tiles(path, mpp=config.mpp).mpp if path else None
@@ -271,17 +292,13 @@ def batches(
     made = load_in_processes(
         source.fill, steps, shape=source.shape, workers=config.workers, prefetch=config.prefetch
     )
-    return (_batch(numbers, pixels) for numbers, pixels in made)
+    return (source.batch_of(numbers, pixels) for numbers, pixels in made)
 
 
 def _inline(source: _Batches, steps: range) -> Iterator[TrainBatch]:
     for step in steps:
         pixels = np.empty(source.shape, np.uint8)
-        yield _batch(source.fill(step, pixels), pixels)
-
-
-def _batch(numbers: npt.NDArray[np.int64], pixels: npt.NDArray[np.uint8]) -> TrainBatch:
-    return TrainBatch(numbers=numbers, source_BHWC=pixels[0], target_BHWC=pixels[1])
+        yield source.batch_of(source.fill(step, pixels), pixels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +315,11 @@ class _Batches:
         """Of a batch's pixels: both sides, samples, rows, columns, channels."""
         side = self.samples.config.crop
         return (2, self.batch, side, side, 3)
+
+    def batch_of(self, numbers: npt.NDArray[np.int64], pixels: npt.NDArray[np.uint8]) -> TrainBatch:
+        """Filled pixels as a batch."""
+        labels = self.samples.labels_of(numbers)
+        return TrainBatch(numbers=numbers, source_BHWC=pixels[0], target_BHWC=pixels[1], labels=labels)
 
     def fill(self, step: int, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
         """Write the samples of a step into an array of ``shape``; returns their numbers."""

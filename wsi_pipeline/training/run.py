@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,11 +31,11 @@ from wsi_pipeline.errors import (
     TrainingError,
     WsiPipelineError,
 )
-from wsi_pipeline.models.bundle import BundleFacts, load_facts, save_bundle
+from wsi_pipeline.models.bundle import BundleFacts
 from wsi_pipeline.models.features import make_extractor
 from wsi_pipeline.models.layout import Direction
 from wsi_pipeline.models.pixels import from_uint8, to_uint8
-from wsi_pipeline.training.build import initial_weights, make_network, make_objective
+from wsi_pipeline.training.build import make_objective, make_trainee
 from wsi_pipeline.training.checkpoint import (
     State,
     checkpoint_bytes,
@@ -47,7 +47,7 @@ from wsi_pipeline.training.checkpoint import (
     save_checkpoint,
 )
 from wsi_pipeline.training.config import TrainConfig
-from wsi_pipeline.training.data import TileSamples, TrainBatch, batches, tiles_mpp
+from wsi_pipeline.training.data import TileSamples, batches
 from wsi_pipeline.training.ema import swapped
 from wsi_pipeline.training.events import (
     Emit,
@@ -63,8 +63,9 @@ from wsi_pipeline.training.folder import Best, RunFolder
 from wsi_pipeline.training.interrupt import asking
 from wsi_pipeline.training.logs import RunLog, save_grid
 from wsi_pipeline.training.loop import Averages, Iteration, make_optimisers
-from wsi_pipeline.training.objective import Sample
+from wsi_pipeline.training.micro_batches import micro_batches
 from wsi_pipeline.training.validation import Validation, is_better
+from wsi_pipeline.translators.bundle import TranslatorFacts, load_any_facts
 
 __all__ = ["TrainResult", "train"]
 
@@ -79,7 +80,7 @@ class TrainResult:
     """``bundle``: the generator; ``step``: iterations behind its weights; ``figures``: its validation, if
     any."""
 
-    bundle: BundleFacts
+    bundle: BundleFacts | TranslatorFacts
     step: int
     figures: dict[str, float]
 
@@ -108,8 +109,8 @@ class _Run:
         self.is_main = bool(accelerator.is_main_process)
         self.emit = emit if self.is_main else ignore
         self.device = accelerator.device
-        weights = initial_weights(config.model, config.loop.seed, tiles_mpp(config.data))
-        self.network = make_network(config, weights, self.device)
+        samples = TileSamples(config.data, config.loop.seed)
+        self.network = make_trainee(config, samples, self.device)
         self.objective = make_objective(config, self.network, self.device, config.loop.seed)
         self.validation = self._on_main(self._validation)
         learning = self.objective.groups["generator"]
@@ -120,13 +121,14 @@ class _Run:
             optimisers=make_optimisers(self.objective, config.optimiser),
             ema=averaged,
         )
-        samples = TileSamples(config.data, config.loop.seed)
         self.notices = [self.validation.notice] if self.validation and self.validation.notice else []
         if samples.left_out:
             self.notices.append(
                 f"{samples.left_out} tiles have no partner on the other side and are left out"
             )
-        self.folder = RunFolder(out, config, f"{weights.digest}/{samples.digest}", accelerator.num_processes)
+        self.folder = RunFolder(
+            out, config, f"{self.network.digest}/{samples.digest}", accelerator.num_processes
+        )
         self.log: RunLog | None = None
         self.best: Best | None = None
         self.quiet = 0  # iterations for which outputs have been like inputs
@@ -190,7 +192,7 @@ class _Run:
         averages = Averages()
         with asking(self.accelerator.num_processes == 1) as interrupt:
             for step, batch in enumerate(self.stream, start=self.first):
-                averages.add(iteration.run(step, list(self._samples(batch))))
+                averages.add(iteration.run(step, list(micro_batches(batch, config, self.device))))
                 stops = interrupt.asked  # who asks while things are written waits for one more iteration
                 self._after(step + 1, averages, stops)
                 if stops:
@@ -199,18 +201,6 @@ class _Run:
     def _begin(self) -> None:
         self.log = RunLog(self.folder.path, self.first, self.config.loop.tensorboard)
         self._tidy()
-
-    def _samples(self, batch: TrainBatch) -> Iterator[Sample]:
-        """Micro-batches on the device."""
-        for at in range(0, len(batch.numbers), self.config.loop.batch):
-            part = slice(at, at + self.config.loop.batch)
-            yield Sample(
-                source=from_uint8(torch.from_numpy(batch.source_BHWC[part]).to(self.device)),
-                target=from_uint8(torch.from_numpy(batch.target_BHWC[part]).to(self.device)),
-                numbers=batch.numbers[part],
-                seed=self.config.loop.seed,
-                first=at == 0,
-            )
 
     def _after(self, done: int, averages: Averages, stops: bool) -> None:
         """What is due after ``done`` iterations, or because the run ``stops`` after them."""
@@ -305,11 +295,10 @@ class _Run:
     def _translate(self, pixels_BHWC: U8_BHWC, direction: Direction) -> U8_BHWC:
         """Tiles one by one, with averaged weights where there are some."""
         with torch.no_grad(), swapped(self.state.groups["generator"], self.state.ema):
+            images = (from_uint8(torch.from_numpy(p[None]).to(self.device)) for p in pixels_BHWC)
             made = [
-                to_uint8(
-                    self.network(from_uint8(torch.from_numpy(p[None]).to(self.device)), direction), "round"
-                )
-                for p in pixels_BHWC
+                to_uint8(self.network.translate(image, direction, number), "round")
+                for number, image in enumerate(images)
             ]
         translated_BHWC: U8_BHWC = torch.cat(made).cpu().numpy()
         return translated_BHWC
@@ -372,13 +361,14 @@ class _Run:
         broadcast_object_list(made)
         step, figures = made[0]
         self.emit(Finished(bundle=self.folder.bundle, step=step, figures=figures))
-        return TrainResult(bundle=load_facts(self.folder.bundle), step=step, figures=figures)
+        facts = load_any_facts(self.folder.bundle)
+        return TrainResult(bundle=facts, step=step, figures=figures)
 
     def _write_bundle(self) -> tuple[int, dict[str, float]]:
         found = {checkpoint.step: checkpoint for checkpoint in find_checkpoints(self.folder.checkpoints)}
         best = self.best if self.config.validation.choose == "best" else None
         step = best.step if best and best.step in found else max(found)
-        save_bundle(self.network.weights(learned_of(found[step])), self.folder.bundle, overwrite=True)
+        self.network.save(learned_of(found[step]), self.folder.bundle)
         return step, self.best.figures if self.best and self.best.step == step else {}
 
     def close(self) -> None:

@@ -74,9 +74,10 @@ class Validation:
             augment="none",
             workers=0,
         )
-        if config.metric == "psnr" and data.pairing == "unpaired":
+        if config.metric == "psnr" and data.pairing not in ("aligned", "simulated"):
             raise ConfigError("validation.metric: psnr needs pairs (data.pairing aligned or simulated)")
-        best_by = "fid" if data.pairing == "unpaired" else "psnr"
+        paired = data.pairing in ("aligned", "simulated")
+        best_by = "psnr" if paired else "fid"
         self.metric = best_by if config.metric == "auto" else config.metric
         has_splits = any(load_tiles(path).has_splits for path in (chosen.source, chosen.target) if path)
         self.notice = ""
@@ -91,7 +92,7 @@ class Validation:
         self.source_BHWC = np.stack([source for source, _ in pairs])
         self.target_BHWC = np.stack([target for _, target in pairs])
         self._config = config
-        self._paired = data.pairing != "unpaired"
+        self._paired = paired
         self._extractor = extractor
         self._statistics = {
             "a2b": statistics(extractor(self.target_BHWC)),

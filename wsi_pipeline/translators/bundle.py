@@ -1,9 +1,8 @@
 """The weights file of a translator: one ``.safetensors`` with its network, and all that decides a pixel.
 
-The metadata holds ``notice`` for people and ``wsi_pipeline_translator``, one JSON document. Diffusion-FFPE has
-a file of its own (``models.bundle``), as its adapters stay apart from what they adapt.
-torch is imported on use: planning and ``wsi-pipeline models show`` read the facts without it.
-"""
+The metadata holds ``notice`` for people and ``wsi_pipeline_translator``, one JSON document. Diffusion-FFPE
+has a file of its own (``models.bundle``), as its adapters stay apart from what they adapt. torch is imported
+on use: planning and ``wsi-pipeline models show`` read the facts without it."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from wsi_pipeline._version import __version__
 from wsi_pipeline.errors import CheckpointError, ConfigError
-from wsi_pipeline.models.bundle import check_target
+from wsi_pipeline.models.bundle import BundleFacts, check_target, load_facts
 from wsi_pipeline.models.network_config import NetworkConfig
 from wsi_pipeline.models.tensor_file import Header, read_header, stored_once, write_file
 from wsi_pipeline.translators.settings import DiffusionConfig, SamplingConfig
@@ -29,6 +28,8 @@ __all__ = [
     "TranslatorFacts",
     "TranslatorSpec",
     "build_translator",
+    "is_translator",
+    "load_any_facts",
     "load_translator",
     "load_translator_facts",
     "network_channels",
@@ -45,11 +46,10 @@ class TranslatorSpec:
     """What a translator is, apart from its tensors.
 
     ``diffusion``: None for a network that translates at once; ``sampling``: what it is run with unless told
-    otherwise; ``channels``: of the target image; ``axes``: ``yx``, or ``zyx`` for volumes; ``value_range``: of
-    what the network sees; ``mpp``: µm per pixel, ``tile``: side in pixels that it was trained at;
-    ``classes``: names of the labels, in order; ``source``: where it comes from; ``licence``: what users have to
-    know. Raises ConfigError for a network that does not fit.
-    """
+    otherwise; ``channels``: of the target image; ``axes``: ``yx``, or ``zyx`` for volumes; ``value_range``:
+    of what the network sees; ``mpp``: µm per pixel, ``tile``: side in pixels that it was trained at;
+    ``classes``: names of the labels, in order; ``source``: where it comes from; ``licence``: what users have
+    to know. Raises ConfigError for a network that does not fit."""
 
     network: NetworkConfig
     diffusion: DiffusionConfig | None = None
@@ -86,8 +86,8 @@ class TranslatorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TranslatorFacts:
-    """A translator's file without its tensors. ``digest``: of the tensors; ``identity``: of all that decides a
-    pixel; ``created_by``: program and version."""
+    """A translator's file without its tensors. ``digest``: of the tensors; ``identity``: of all that decides
+    a pixel; ``created_by``: program and version."""
 
     path: Path
     size_bytes: int
@@ -101,7 +101,7 @@ def network_channels(spec: TranslatorSpec) -> tuple[int, int]:
     """Channels that the network takes and gives."""
     if spec.diffusion is None:
         return spec.channels, spec.channels
-    from wsi_pipeline.translators.sampler import make_parts
+    from wsi_pipeline.translators.parts import make_parts
 
     return make_parts(spec.diffusion).network_channels(spec.channels)
 
@@ -160,6 +160,19 @@ def load_translator_facts(path: str | Path) -> TranslatorFacts:
     return _read(Path(path))[0]
 
 
+def is_translator(path: str | Path) -> bool:
+    """Whether a file is one of these; False also for one that is not there or is damaged."""
+    try:
+        return KEY in read_header(Path(path), "").metadata
+    except CheckpointError:
+        return False
+
+
+def load_any_facts(path: str | Path) -> BundleFacts | TranslatorFacts:
+    """Facts of a weights file of either kind."""
+    return load_translator_facts(path) if is_translator(path) else load_facts(path)
+
+
 def load_translator(path: str | Path) -> tuple[TranslatorFacts, dict[str, Tensor]]:
     """Facts and tensors; CheckpointError where they are not those that were written."""
     from wsi_pipeline.models.tensor_file import StoredTensors
@@ -170,7 +183,9 @@ def load_translator(path: str | Path) -> tuple[TranslatorFacts, dict[str, Tensor
     names = [*header.shapes, *aliases]
     tensors = dict(StoredTensors({name: (path, aliases.get(name, name)) for name in names}))
     if tensors_digest(tensors) != facts.digest:
-        raise CheckpointError(f"{path}: is damaged, its tensors are not those that were written; copy it again")
+        raise CheckpointError(
+            f"{path}: is damaged, its tensors are not those that were written; copy it again"
+        )
     return facts, tensors
 
 

@@ -51,7 +51,9 @@ class PathConfig:
         if self.steps < 2 or self.steps % 2:
             raise ConfigError(f"path.steps: {self.steps} has to be even and 2 or more")
         if not 0 < self.beta_min < self.beta_max:
-            raise ConfigError(f"path: beta_min {self.beta_min} and beta_max {self.beta_max} have to rise from 0")
+            raise ConfigError(
+                f"path: beta_min {self.beta_min} and beta_max {self.beta_max} have to rise from 0"
+            )
         if self.variance == "learned_range" and self.prediction != "epsilon":
             raise ConfigError("path.variance: learned_range goes with prediction epsilon")
 
@@ -77,7 +79,9 @@ class RepresentationConfig:
         if not 1 <= self.levels <= 4:
             raise ConfigError(f"representation.levels: {self.levels} is not 1 to 4")
         if not self.axes or list(self.axes) != [axis for axis in ("z", "y", "x") if axis in self.axes]:
-            raise ConfigError(f"representation.axes: {list(self.axes)} has to be some of z, y, x, in this order")
+            raise ConfigError(
+                f"representation.axes: {list(self.axes)} has to be some of z, y, x, in this order"
+            )
         divisors = (*(self.band_std or ()), *([] if self.ll_scale is None else [self.ll_scale]))
         if any(value <= 0 for value in divisors):
             raise ConfigError("representation: ll_scale and band_std have to be above 0")
@@ -86,15 +90,16 @@ class RepresentationConfig:
         """Refuse to mix sections that are further apart than three pixels: they show different tissue."""
         if "z" in self.axes and self.kind == "haar" and z_um > 3 * y_um and not self.forced:
             raise ConfigError(
-                f"representation.axes: sections lie {z_um:g} um apart and pixels {y_um:g}; halving z would mix "
-                "different tissue. Take axes [y, x], or set representation.forced=true"
+                f"representation.axes: sections lie {z_um:g} um apart and pixels {y_um:g}; halving z would "
+                "mix different tissue. Take axes [y, x], or set representation.forced=true"
             )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConditionConfig:
-    """``concat``: the source image stands beside x_n; ``sources``: how many images it is made of; ``classes``:
-    number of labels (0: none); ``drop``: share of training samples without condition, for guidance."""
+    """``concat``: the source image stands beside x_n; ``sources``: how many images it is made of;
+    ``classes``: number of labels (0: none); ``drop``: share of training samples without condition, for
+    guidance."""
 
     concat: bool = False
     sources: int = 1
@@ -110,9 +115,9 @@ class ConditionConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightConfig:
-    """``kind``: ``uniform``; ``p2``: 1 / (k + SNR)^gamma on the epsilon loss, converted for other predictions;
-    ``bands``: one weight a Haar band: ``equal`` (published), ``parseval`` (the loss of pixels) or a list.
-    ``vlb``: weight of the variational bound, which trains learned variances."""
+    """``kind``: ``uniform``; ``p2``: 1 / (k + SNR)^gamma on the epsilon loss, converted for other
+    predictions; ``bands``: one weight a Haar band: ``equal`` (published), ``parseval`` (the loss of pixels)
+    or a list. ``vlb``: weight of the variational bound, which trains learned variances."""
 
     kind: Literal["uniform", "p2", "bands"] = "uniform"
     gamma: float = 1.0
@@ -123,8 +128,8 @@ class WeightConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:
-    """``nfe``: calls of the network; ``method`` of ``vp`` paths; ``clip``: keep every estimate of the image in
-    its range; ``guidance``: of a dropped condition (1: none)."""
+    """``nfe``: calls of the network; ``method`` of ``vp`` paths; ``clip``: keep every estimate of the image
+    in its range; ``guidance``: of a dropped condition (1: none)."""
 
     nfe: int = 10
     method: Literal["ancestral", "ddim", "dpmsolver"] = "ancestral"
@@ -162,6 +167,6 @@ class DiffusionConfig:
         """ConfigError where a slide shall be translated by something that sees no slide."""
         if not self.translates:
             raise ConfigError(
-                f"{what}: draws tiles from noise and labels and sees no source image, so it cannot translate a "
-                "slide; draw tiles with `wsi-pipeline sample`"
+                f"{what}: draws tiles from noise and labels and sees no source image, so it cannot translate "
+                "a slide; draw tiles with `wsi-pipeline sample`"
             )

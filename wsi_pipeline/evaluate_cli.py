@@ -24,7 +24,7 @@ PairedOpt = Annotated[
     bool | None, typer.Option("--paired", help="The reference holds the true picture of each generated tile.")
 ]
 ExtractorOpt = Annotated[
-    Literal["tiny", "inception", "timm", "open_clip", "dino"] | None,
+    Literal["tiny", "inception", "inception_spatial", "inception_logits", "timm", "open_clip", "dino"] | None,
     typer.Option(help="Network of FID and KID [default: inception with --weights, else tiny]."),
 ]
 WeightsOpt = Annotated[str | None, typer.Option(help="Its weights file, e.g. inception-2015-12-05.pt.")]
@@ -39,6 +39,15 @@ LpipsOpt = Annotated[
     str | None, typer.Option(help="VGG16 weights for LPIPS [default: those in torch's cache, if any].")
 ]
 DinoOpt = Annotated[str | None, typer.Option(help="dino_vitbase8_pretrain.pth, for DINO-structure.")]
+TranslatorOpt = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME[=WEIGHTS]", help="Generator to try on turned source tiles, e.g. translator=F."
+    ),
+]
+SegmenterOpt = Annotated[
+    str | None, typer.Option(metavar="MODULE:FUNCTION", help="Makes tissue maps of tiles, for their F1.")
+]
 ReportOpt = Annotated[
     Path | None, typer.Option(metavar="OUT.html", help="Report to write; OUT.png and OUT.json beside it.")
 ]
@@ -80,6 +89,8 @@ def evaluate(
     kid: KidOpt = None,
     lpips_vgg: LpipsOpt = None,
     dino: DinoOpt = None,
+    translator: TranslatorOpt = None,
+    segmenter: SegmenterOpt = None,
     report: ReportOpt = None,
     save_stats: StatsOpt = None,
     split: SplitOpt = None,
@@ -106,6 +117,7 @@ def evaluate(
         "model": model,
     }
     named |= {"trust_weights": trust_weights, "fid": fid, "kid": kid, "lpips_vgg": lpips_vgg, "dino": dino}
+    named |= {"translator": translator, "segmenter": segmenter}
     named |= {"split": split, "tile": tile, "mpp": mpp, "draws": draws, "seed": seed, "device": device}
     given = {key: value for key, value in named.items() if value is not None}
     config = load_settings(EvaluateConfig, None, settings or [], given)

@@ -3,8 +3,9 @@
 On tissue it lies between 1 and 2 and says next to nothing: the 1008 classes are dogs and cars. It is here
 because papers print it (S. Barratt and R. Sharma, "A note on the Inception Score", 2018, say why not to).
 
-Sources: T. Salimans et al., NIPS 2016; P. Dhariwal and A. Nichol, 2021 (ADM's evaluator: runs of 5000); parity
-is with both, and with torch-fidelity (ten shuffled parts). Both take logits without the last layer's bias.
+Sources: T. Salimans et al., NIPS 2016; P. Dhariwal and A. Nichol, 2021 (ADM's evaluator: runs of 5000).
+Parity is with the latter and with torch-fidelity (ten shuffled parts); both take logits without the bias of
+the last layer.
 """
 
 from __future__ import annotations

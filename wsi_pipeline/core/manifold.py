@@ -35,38 +35,21 @@ _ROUNDING = 1e-12  # of the squared lengths of the two vectors
 _NO_ZERO = 1e-5  # the published realism score adds it to squared distances
 
 Features = npt.NDArray[np.floating[Any]]
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Overlap:
-    """What holds for each image; a figure is the mean of its array, so that it can be drawn by patient.
+    """What holds for each image. A figure is the mean of its array, so that patients can be drawn again.
 
-    ``precise_N`` [generated]: in a ball of the reference; ``recalled_M`` [reference]: in a ball of the
-    generated set; ``density_N``: number of the reference's balls around it, by k; ``covered_M``: its ball
-    holds a generated image.
+    ``precision`` [generated]: lies in a ball of the reference; ``recall`` [reference]: lies in a ball of the
+    generated set; ``density`` [generated]: number of the reference's balls around it, by k; ``coverage``
+    [reference]: its ball holds a generated image.
     """
 
-    precise_N: Bools
-    recalled_M: Bools
-    density_N: F64
-    covered_M: Bools
-
-    @property
-    def precision(self) -> float:
-        return float(self.precise_N.mean())
-
-    @property
-    def recall(self) -> float:
-        return float(self.recalled_M.mean())
-
-    @property
-    def density(self) -> float:
-        return float(self.density_N.mean())
-
-    @property
-    def coverage(self) -> float:
-        return float(self.covered_M.mean())
+    precision: F64
+    recall: F64
+    density: F64
+    coverage: F64
 
 
 def overlap(
@@ -78,15 +61,15 @@ def overlap(
     """
     x, y = _centred(generated_ND, reference_MD)
     (radius_N,), (radius_M, wide_M) = squared_radii(x, k), squared_radii(y, k, k_density)
-    precise_N, density_N = np.zeros(len(x), np.bool_), np.zeros(len(x))
-    recalled_M, covered_M = np.zeros(len(y), np.bool_), np.zeros(len(y), np.bool_)
+    precision_N, density_N = np.zeros((2, len(x)))
+    recall_M, coverage_M = np.zeros((2, len(y)))
     for rows, squared_BM, slack_BM in _distances(x, y):
-        precise_N[rows] = (squared_BM <= radius_M + slack_BM).any(axis=1)
-        recalled_M |= (squared_BM <= radius_N[rows, None] + slack_BM).any(axis=0)
+        precision_N[rows] = (squared_BM <= radius_M + slack_BM).any(axis=1)
+        recall_M[(squared_BM <= radius_N[rows, None] + slack_BM).any(axis=0)] = 1.0
         held_BM = squared_BM < wide_M - slack_BM
         density_N[rows] = held_BM.sum(axis=1) / k_density
-        covered_M |= held_BM.any(axis=0)
-    return Overlap(precise_N=precise_N, recalled_M=recalled_M, density_N=density_N, covered_M=covered_M)
+        coverage_M[held_BM.any(axis=0)] = 1.0
+    return Overlap(precision=precision_N, recall=recall_M, density=density_N, coverage=coverage_M)
 
 
 def realism(generated_ND: Features, reference_MD: Features, *, k: int = K_PRECISION) -> F64:

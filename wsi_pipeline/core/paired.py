@@ -25,16 +25,8 @@ from wsi_pipeline.core.fid import I64
 from wsi_pipeline.errors import ConfigError
 
 __all__ = [
-    "MS_SSIM_SIDE",
-    "TissueF1",
-    "confusion",
-    "diversity",
-    "equivariance_error",
-    "mae",
-    "ms_ssim",
-    "mutual_information",
-    "placed",
-    "tissue_f1",
+    *("MS_SSIM_SIDE", "TissueF1", "confusion", "diversity", "equivariance_error", "mae", "ms_ssim"),
+    *("mutual_information", "placed", "tissue_f1"),
 ]
 
 MS_SSIM_SIDE = 112
@@ -112,13 +104,7 @@ def _halved(x: Pixels, dims: int) -> Pixels:
 
 
 def diversity(
-    read: Callable[[int], Pixels],
-    count: int,
-    *,
-    pairs: int,
-    seed: int = 0,
-    dims: int = 2,
-    peak: float = 1.0,
+    read: Callable[[int], Pixels], count: int, *, pairs: int, seed: int, dims: int = 2, peak: float = 1.0
 ) -> float:
     """Mean MS-SSIM of ``pairs`` different pairs of ``count`` pictures, drawn by ``seed`` (all pairs, if they
     are no more): lower is more diverse. Raises ConfigError for fewer than two pictures."""
@@ -148,11 +134,11 @@ def confusion(truth_HW: Pixels, found_HW: Pixels, *, classes: int) -> I64:
     """Pixels [truth, found] by class, [classes, classes]; ConfigError for maps that are not two equal shapes
     of whole numbers from 0 to ``classes`` - 1."""
     for labels in (truth_HW, found_HW):
-        fits = labels.dtype.kind in "iub" and labels.shape == truth_HW.shape and labels.ndim == 2
+        fits = labels.dtype.kind in "iub" and labels.shape == truth_HW.shape
         if not fits or labels.min() < 0 or labels.max() >= classes:
             raise ConfigError(
-                f"tissue map: {labels.dtype} {labels.shape} with values up to {labels.max()}; a segmenter has "
-                f"to give one whole number from 0 to {classes - 1} for each pixel"
+                f"tissue map: {labels.dtype} {labels.shape} up to {labels.max()}; a segmenter has to give "
+                f"one whole number from 0 to {classes - 1} for each pixel"
             )
     both = truth_HW.astype(np.int64) * classes + found_HW
     return np.bincount(both.ravel(), minlength=classes**2).reshape(classes, classes)

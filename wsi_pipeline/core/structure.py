@@ -31,6 +31,8 @@ from wsi_pipeline.errors import ConfigError
 __all__ = ["F32_HW", "Structure", "compare_structure", "haematoxylin_pair", "psnr", "ssim"]
 
 F32_HW: TypeAlias = npt.NDArray[np.float32]
+Pixels: TypeAlias = npt.NDArray[Any]
+Bools: TypeAlias = npt.NDArray[np.bool_]
 
 MIN_STAINED = 0.02
 """Share of stained source pixels below which a tile is glass: it holds no structure that could be kept."""
@@ -174,13 +176,7 @@ def _carried(stain_HW2: F64, small_HWC: F64, od_HWC: npt.NDArray[np.float32]) ->
     return np.asarray(plane_HW - np.float32(haematoxylin_3 @ offset_3), np.float32)
 
 
-def ssim(
-    a: npt.NDArray[Any],
-    b: npt.NDArray[Any],
-    *,
-    peak: float = 255.0,
-    valid_HW: npt.NDArray[np.bool_] | None = None,
-) -> float:
+def ssim(a: Pixels, b: Pixels, *, peak: float = 255.0, valid_HW: Bools | None = None) -> float:
     """Mean structural similarity of two images [H, W] or [H, W, C] (mean over channels); see the module.
 
     ``peak``: the range of the values. Borders of 5 px, where the window is cut, do not count, nor windows
@@ -209,9 +205,7 @@ def _window_mean(image: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return np.asarray(cv2.GaussianBlur(image, _SSIM_WINDOW, _SSIM_SIGMA), np.float32)
 
 
-def psnr(
-    a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8], *, valid_HW: npt.NDArray[np.bool_] | None = None
-) -> float:
+def psnr(a: U8_HWC, b: U8_HWC, *, valid_HW: Bools | None = None) -> float:
     """Peak signal to noise ratio of two uint8 images, dB; infinite where they are equal.
 
     ``valid_HW``: pixels that count; NaN where none does.

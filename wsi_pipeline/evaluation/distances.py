@@ -1,7 +1,10 @@
 """Distances between two sets of tiles: features once, then FID, KID and their intervals by patient.
 
-A further distance (precision and recall, density and coverage, one on other features) is a further function
-of two ``StoredStatistics`` and one line of ``DISTANCES``.
+A further distance is a further function of two ``StoredStatistics`` and one line of ``DISTANCES``.
+
+Why precision, recall, density and coverage come with two halves of the reference: two draws of one
+distribution do not reach 1, so the figure alone says nothing. Their intervals draw patients again but keep
+the manifolds, which would shrink with every patient that is left out.
 """
 
 from __future__ import annotations
@@ -24,8 +27,10 @@ from wsi_pipeline.core.fid import (
     statistics,
     symmetric_root,
 )
+from wsi_pipeline.core.inception_score import inception_score
+from wsi_pipeline.core.manifold import K_DENSITY, Overlap, overlap
 from wsi_pipeline.core.protocols import U8_HWC
-from wsi_pipeline.evaluation.figures import Figure
+from wsi_pipeline.evaluation.figures import Figure, averaged
 from wsi_pipeline.evaluation.settings import Emit, EvaluateConfig, Progress, Stage
 from wsi_pipeline.evaluation.statistics_file import StoredStatistics
 from wsi_pipeline.evaluation.tile_sets import TileSet
@@ -66,19 +71,19 @@ def extract(
 
 def set_distances(sides: Sides, config: EvaluateConfig, emit: Emit, *, suffix: str = "") -> list[Figure]:
     """The distances that are switched on and can be told; their keys end in ``suffix``."""
+    logits = sides[0].statistics.extractor == "inception_logits"
     wanted = {"fid": config.fid, "kid": config.kid}
+    wanted |= {"overlap": config.overlap and not suffix, "inception_score": logits and not suffix}
     found = []
     for key, distance in DISTANCES.items():
         if not wanted.get(key, True):
             continue
-        emit(Stage(stage=key.upper() + (" before translation" if suffix else "")))
-        figure = distance(sides, config, emit)
-        if figure is not None:
-            found.append(replace(figure, key=key + suffix))
+        emit(Stage(stage=key.replace("_", " ").upper() + (" before translation" if suffix else "")))
+        found += [replace(figure, key=figure.key + suffix) for figure in distance(sides, config, emit)]
     return found
 
 
-def _fid(sides: Sides, config: EvaluateConfig, emit: Emit) -> Figure:
+def _fid(sides: Sides, config: EvaluateConfig, emit: Emit) -> list[Figure]:
     value = frechet_distance(sides[0].statistics, sides[1].statistics)
     fixed = [None if _moves(side) else _root(side) for side in sides]
 
@@ -93,17 +98,17 @@ def _fid(sides: Sides, config: EvaluateConfig, emit: Emit) -> Figure:
     interval, note = _interval(sides, resampled, value, config, emit)
     if interval is not None:
         interval = replace(interval, low=max(interval.low, 0.0))  # a distance of Gaussians is never less
-    return Figure(key="fid", value=value, interval=interval, tiles=sides[0].statistics.n, note=note)
+    return [Figure(key="fid", value=value, interval=interval, tiles=sides[0].statistics.n, note=note)]
 
 
 def _root(side: StoredStatistics) -> tuple[F64, F64]:
     return side.statistics.mu.astype(np.float64), symmetric_root(side.statistics.sigma)
 
 
-def _kid(sides: Sides, config: EvaluateConfig, emit: Emit) -> Figure | None:
+def _kid(sides: Sides, config: EvaluateConfig, emit: Emit) -> list[Figure]:
     a, b = (side.statistics.features for side in sides)
     if a is None or b is None:
-        return None
+        return []
     value = kernel_distance(a, b, subsets=config.kid_subsets, size=config.kid_size, seed=config.seed)
     labels = [side.groups if side.groups is not None else [_FIXED] * side.statistics.n for side in sides]
     names, numbers = group_numbers(labels)
@@ -117,13 +122,56 @@ def _kid(sides: Sides, config: EvaluateConfig, emit: Emit) -> Figure | None:
         return sums.distance(counts_G) if sums is not None else value
 
     interval, note = _interval(sides, resampled, value, config, emit)
-    return Figure(key="kid", value=value, interval=interval, tiles=len(a), note=note)
+    return [Figure(key="kid", value=value, interval=interval, tiles=len(a), note=note)]
 
 
-Distance: TypeAlias = Callable[[Sides, EvaluateConfig, Emit], Figure | None]
+def _overlap(sides: Sides, config: EvaluateConfig, emit: Emit) -> list[Figure]:
+    """Precision, recall, density and coverage, each beside that of two halves of the reference."""
+    a, b = (side.statistics.features for side in sides)
+    if a is None or b is None or min(len(a), len(b)) <= K_DENSITY:
+        return []
+    found, halves = overlap(a, b), _halves(sides[1], config.seed)
+    figures = []
+    for key, side in (("precision", 0), ("recall", 1), ("density", 0), ("coverage", 1)):
+        note = "no halves to compare with: too few reference tiles"
+        if halves is not None:
+            real = float(getattr(halves, key).mean())
+            note = f"two halves of the reference, {len(b) // 2} tiles each: {real:.3f}"
+        values_N, groups = getattr(found, key), sides[side].groups or [_FIXED] * sides[side].statistics.n
+        figures.append(averaged(key, values_N, groups, draws=config.draws, seed=config.seed, note=note))
+    return [figure for figure in figures if figure is not None]
 
-DISTANCES: dict[str, Distance] = {"fid": _fid, "kid": _kid}
-"""Key of a figure -> its function, in the order of reports."""
+
+def _halves(side: StoredStatistics, seed: int) -> Overlap | None:
+    """One half of the patients (of the tiles, where there are no patients) against the other; one patient
+    may lie in both."""
+    features = side.statistics.features
+    if features is None or len(features) // 2 <= K_DENSITY:
+        return None
+    groups = side.groups if len(set(side.groups or ())) > 1 else None
+    names, (number_N,) = group_numbers([groups or [str(row) for row in range(len(features))]])
+    place_G = np.random.Generator(np.random.Philox(seed)).permutation(len(names))
+    order_N = np.argsort(place_G[number_N], kind="stable")
+    half = len(features) // 2
+    return overlap(features[order_N[:half]], features[order_N[half:]])
+
+
+def _inception_score(sides: Sides, config: EvaluateConfig, emit: Emit) -> list[Figure]:
+    """Of the generated side, whose features are logits."""
+    a, b = (side.statistics for side in sides)
+    if a.features is None:
+        return []
+    value, spread = inception_score(a.features, splits=min(10, a.n))
+    note = f"standard deviation over ten shuffled parts {spread:.3f}"
+    if b.features is not None:
+        note += f"; reference {inception_score(b.features, splits=min(10, b.n))[0]:.3f}"
+    return [Figure(key="inception_score", value=value, interval=None, tiles=a.n, note=note)]
+
+
+Distance: TypeAlias = Callable[[Sides, EvaluateConfig, Emit], list[Figure]]
+
+DISTANCES: dict[str, Distance] = dict(fid=_fid, kid=_kid, overlap=_overlap, inception_score=_inception_score)
+"""Name -> function that gives no, one or several figures, in the order of reports."""
 
 
 def _moves(side: StoredStatistics) -> bool:

@@ -24,6 +24,12 @@ from wsi_pipeline.evaluation.pairs import (
     to_truth,
 )
 from wsi_pipeline.evaluation.pictures import choose_pictures
+from wsi_pipeline.evaluation.probes import (
+    load_segmenter,
+    tissue_figures,
+    translator_figures,
+    variety_figures,
+)
 from wsi_pipeline.evaluation.report import write_report
 from wsi_pipeline.evaluation.result import EvaluationResult, ExtractorFacts, SideFacts, TileFigures
 from wsi_pipeline.evaluation.settings import Emit, EvaluateConfig, Notice, Stage, ignore
@@ -76,6 +82,7 @@ def evaluate(
     extractor = _extractor(sides, config, save_stats)
     figures, stored = _set_figures(sides, extractor, config, emit)
     tiles, more, notes = _pair_figures(sides, config, emit)
+    more += _probe_figures(sides, config, emit)
     order = list(EXPLAINED)
     result = EvaluationResult(
         figures=tuple(sorted([*figures, *more], key=lambda figure: order.index(figure.key))),
@@ -107,6 +114,12 @@ def _targets(
         )
     if config.paired and reference is None:
         raise ConfigError("--paired: the true tiles are the reference; give --reference")
+    if config.translator is not None and config.source is None:
+        raise ConfigError("--translator: is tried on source tiles; give --source")
+    if config.segmenter is not None and not config.paired:
+        raise ConfigError("--segmenter: its maps are compared with those of true tiles; give --paired")
+    if config.segmenter is not None:
+        load_segmenter(config.segmenter)
     files: dict[str, Path] = {}
     if save_stats is not None:
         files["statistics"] = _ending(save_stats, _STATISTICS)
@@ -247,6 +260,19 @@ def _pair_figures(
             figures += [figure] if figure is not None else []
             values[key] = _by_row(found, pairs, len(sides.generated))
     return TileFigures(names=sides.generated.names, values=values), figures, notes
+
+
+def _probe_figures(sides: _Sides, config: EvaluateConfig, emit: Emit) -> list[Figure]:
+    """Variety of the generated tiles, the translator on turned sources, and tissue maps."""
+    if not isinstance(sides.generated, TileSet):
+        return []
+    reference = sides.reference if isinstance(sides.reference, TileSet) else None
+    figures = variety_figures(sides.generated, reference, config, emit)
+    if sides.source is not None:
+        figures += translator_figures(sides.source, config, emit)
+    if sides.truth is not None:
+        figures += tissue_figures(sides.generated, sides.truth, sides.source, sides.pairs, config, emit)
+    return figures
 
 
 def _by_row(found: F64, pairs: Pairs, count: int) -> F64:

@@ -34,7 +34,7 @@ EXPLAINED: dict[str, Explained] = {
         meaning=(
             "How different the two sets look to the extractor as a whole. 0 is reached only by equal sets: "
             "two halves of one set lie above 0 too, the more so the fewer tiles. Compare only figures of "
-            "equal N, extractor, resize and encoding."
+            "equal N, extractor, resize and encoding. With the extractor inception_spatial it is the sFID."
         ),
     ),
     "fid_source": Explained(
@@ -54,6 +54,24 @@ EXPLAINED: dict[str, Explained] = {
     ),
     "kid_source": Explained(
         label="KID, source to reference", better="lower", digits=4, meaning="The same before translation."
+    ),
+    "precision": Explained(
+        label="Precision", better="higher", meaning="Share of generated tiles that lie where real ones do."
+    ),
+    "recall": Explained(
+        label="Recall", better="higher", meaning="Share of real tiles that lie where generated ones do."
+    ),
+    "density": Explained(
+        label="Density", better="higher", meaning="Precision in which a single odd real tile weighs little."
+    ),
+    "coverage": Explained(
+        label="Coverage", better="higher", meaning="Share of real tiles with a generated one close by."
+    ),
+    "inception_score": Explained(
+        label="Inception score", better="higher", meaning="As papers print it: its classes are no tissues."
+    ),
+    "diversity": Explained(
+        label="MS-SSIM of generated tiles", better="lower", meaning="Above the reference's: too few forms."
     ),
     "structure_ssim": Explained(
         label="Haematoxylin similarity to source",
@@ -124,6 +142,37 @@ EXPLAINED: dict[str, Explained] = {
         label="LPIPS to the true tile",
         better="lower",
         meaning="Perceptual distance to the truth; 0 is equal.",
+    ),
+    "mae": Explained(
+        label="Mean error to the true tile",
+        better="lower",
+        unit="grey levels",
+        digits=2,
+        meaning="Absolute, where the true tile is not black (a registered section ends there).",
+    ),
+    "nmi": Explained(
+        label="Information shared with the truth",
+        better="higher",
+        meaning="1: none; 2: all, whatever the colours.",
+    ),
+    "tissue_f1": Explained(
+        label="F1 of tissue maps", better="higher", meaning="Are the tissues those of the true tile? By area."
+    ),
+    "tissue_f1_placed": Explained(
+        label="F1 from floor to ceiling", better="higher", meaning="0: as the sources; 1: as true neighbours."
+    ),
+    "equivariance": Explained(
+        label="Equivariance error",
+        better="lower",
+        unit="grey levels",
+        meaning="How much turning or flipping a tile changes its translation; 0: it cannot move tissue.",
+    ),
+    "translator_shift": Explained(
+        label="Displacement by the translator",
+        better="lower",
+        unit="px",
+        digits=2,
+        meaning="How far it moves the haematoxylin of its input, median of each tile.",
     ),
 }
 """Key -> explanation, in the order of reports."""

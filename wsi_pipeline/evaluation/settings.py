@@ -25,6 +25,12 @@ class EvaluateConfig:
     one; ``lpips_vgg``: VGG16 weights for LPIPS (None: those in torch's cache, if any); ``dino``: weights for
     DINO-structure (None: left out).
 
+    ``overlap``: precision, recall, density and coverage beside FID or KID; ``diversity``: pairs of generated
+    tiles whose MS-SSIM is averaged (0: left out); ``translator``: generator that is tried on turned source
+    tiles, ``NAME`` or ``NAME=WEIGHTS``; ``segmenter``: ``package.module:function`` that makes a tissue map
+    [H, W] of small whole numbers (0: background) of a tile; ``neighbour``: true tiles of the next section,
+    for the ceiling of its F1.
+
     ``draws``: resamples of patients for each interval (0: no intervals); ``seed``: of KID's subsets, the
     resamples and every other choice; ``limit``: at most so many tiles of each side, chosen at random.
 
@@ -39,7 +45,10 @@ class EvaluateConfig:
 
     source: str | None = None
     paired: bool = False
-    extractor: Literal["tiny", "inception", "timm", "open_clip", "dino"] | None = None
+    extractor: (
+        Literal["tiny", "inception", "inception_spatial", "inception_logits", "timm", "open_clip", "dino"]
+        | None
+    ) = None
     weights: str | None = None
     model: str | None = None
     trust_weights: bool = False
@@ -48,6 +57,11 @@ class EvaluateConfig:
     dino: str | None = None
     fid: bool = True
     kid: bool = True
+    overlap: bool = True
+    diversity: int = 0
+    translator: str | None = None
+    segmenter: str | None = None
+    neighbour: str | None = None
     kid_subsets: int = KID_SUBSETS
     kid_size: int = KID_SIZE
     draws: int = 200
@@ -69,7 +83,7 @@ class EvaluateConfig:
         for name in ("kid_subsets", "kid_size", "batch", "workers", "tile"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} is not a positive number")
-        for name in ("draws", "examples", "worst", "seed"):
+        for name in ("draws", "diversity", "examples", "worst", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: {getattr(self, name)} is negative; give 0 or more")
         if self.seed >= 2**32:

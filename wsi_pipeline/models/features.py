@@ -26,6 +26,8 @@ F32: TypeAlias = npt.NDArray[np.float32]
 EXTRACTORS: dict[str, str] = {
     "tiny": "wsi_pipeline.models.tiny_features:make_tiny",
     "inception": "wsi_pipeline.models.inception:make_inception",
+    "inception_spatial": "wsi_pipeline.models.inception:make_spatial",
+    "inception_logits": "wsi_pipeline.models.inception:make_logits",
     "timm": "wsi_pipeline.models.vit_features:make_timm",
     "open_clip": "wsi_pipeline.models.vit_features:make_open_clip",
     "dino": "wsi_pipeline.models.vit_features:make_dino",

@@ -83,7 +83,7 @@ def make_spatial(*, weights: Path | None, model: str | None, device: str, trust:
     """The features of sFID, see the module; CheckpointError as above, or where the layer is not there."""
     network, digest = _network("inception_spatial", weights, model, device, trust)
     layers = _part(network, "layers", weights)
-    wanted = _part(_part(layers, _SPATIAL_LAYER, weights), "conv", weights)
+    wanted = _part(network, f"layers.{_SPATIAL_LAYER}.conv", weights)
     names = [name for name, _ in layers.named_children()]
     before = [getattr(layers, name) for name in names[: names.index(_SPATIAL_LAYER)]]
 
@@ -99,12 +99,12 @@ def make_spatial(*, weights: Path | None, model: str | None, device: str, trust:
 def make_logits(*, weights: Path | None, model: str | None, device: str, trust: bool) -> Inception:
     """The 1008 logits without bias; CheckpointError as above, or where the file has no last layer."""
     network, digest = _network("inception_logits", weights, model, device, trust)
-    layers, last = (_part(network, name, weights) for name in ("layers", "output"))
+    layers, weight = (_part(network, name, weights) for name in ("layers", "output.weight"))
 
     def head(x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(layers(x).reshape(len(x), -1), last.weight)
+        return torch.nn.functional.linear(layers(x).reshape(len(x), -1), weight)
 
-    return Inception(head, digest, device, name="inception_logits", dims=len(last.weight))
+    return Inception(head, digest, device, name="inception_logits", dims=len(weight))
 
 
 def _network(kind: str, weights: Path | None, model: str | None, device: str, trust: bool) -> tuple[Any, str]:
@@ -128,7 +128,9 @@ def _network(kind: str, weights: Path | None, model: str | None, device: str, tr
 
 
 def _part(network: Any, name: str, path: Path | None) -> Any:
-    found = getattr(network, name, None)
+    found = network
+    for step in name.split("."):
+        found = getattr(found, step, None)
     if found is None:
         raise CheckpointError(f"{path}: has no part {name!r} that makes the features; {_REMEDY}")
     return found

@@ -16,6 +16,7 @@ from PIL import Image
 
 from wsi_pipeline.cohorts.tiles import IndexedSlide
 from wsi_pipeline.core.fid import frechet_distance, kernel_distance, statistics
+from wsi_pipeline.core.manifold import overlap
 from wsi_pipeline.core.structure import psnr
 from wsi_pipeline.errors import CheckpointError, ConfigError, OutputExistsError, SlideError
 from wsi_pipeline.evaluation.cautions import side_warnings
@@ -502,3 +503,153 @@ def test_dino_and_lpips_join_where_weights_are_given(
     assert result.figure("lpips_source").value == 0.25
     assert result.figure("dino_structure").value == 0.5
     assert not re.search("LPIPS was left out", " ".join(result.warnings))
+
+
+def test_overlap_stands_beside_two_halves_of_the_reference(sides: Path) -> None:
+    result = run(sides, replace(QUICK, source=str(sides / "source")))
+    extract = make_extractor("tiny")
+    made, real = (
+        extract(np.stack([np.asarray(Image.open(path)) for path in sorted((sides / name).glob("*.png"))]))
+        for name in ("generated", "reference")
+    )
+    wanted = overlap(made, real)
+    for key in ("precision", "recall", "density", "coverage"):
+        figure = result.figure(key)
+        assert figure.value == pytest.approx(getattr(wanted, key).mean()), key
+        assert re.fullmatch(r"two halves of the reference, 6 tiles each: \d\.\d{3}", figure.note), figure.note
+        assert figure.interval.groups == 4, "patients of the side whose tiles are counted"
+        assert result.figure(f"{key}_source") is None
+    assert run(sides, replace(QUICK, overlap=False)).figure("precision") is None
+
+
+def test_black_borders_of_a_registered_truth_do_not_count(sides: Path, tmp_path: Path) -> None:
+    for path in (sides / "generated").iterdir():
+        truth = np.clip(np.asarray(Image.open(path)).astype(int) + 8, 1, 255).astype(np.uint8)
+        truth[:30] = 0
+        save(tmp_path / "truth", path.name, truth)
+    config = replace(QUICK, paired=True, fid=False, kid=False)
+    result = evaluate(str(sides / "generated"), str(tmp_path / "truth"), config)
+    assert result.figure("mae").value == pytest.approx(8.0, abs=0.2)
+    assert result.figure("psnr").value == pytest.approx(10 * np.log10(255**2 / 64), abs=0.5)
+    assert result.figure("ssim").value > 0.97
+    assert 1.3 < result.figure("nmi").value <= 2.0
+    assert result.figure("nmi").interval is not None
+
+
+LAB = """
+from dataclasses import dataclass
+
+import numpy as np
+
+from wsi_pipeline.generators.identity import Identity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mover(Identity):
+    def __call__(self, batch, context):
+        return np.roll(batch.pixels_BHWC, 3, axis=2)
+
+
+def tissues(pixels_HWC):
+    return np.where(pixels_HWC[..., 0] < 170, 2, 1)
+
+
+def nonsense(pixels_HWC):
+    return pixels_HWC / 255
+"""
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module of somebody else with a translator that moves tissue and a segmenter."""
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "lab_of_others.py").write_text(LAB)
+    monkeypatch.syspath_prepend(str(tmp_path / "lab"))
+    return "lab_of_others"
+
+
+def test_a_translator_is_tried_on_turned_tiles(sides: Path, lab: str) -> None:
+    config = replace(QUICK, source=str(sides / "source"), fid=False, kid=False)
+    still = evaluate(str(sides / "generated"), None, replace(config, translator="identity"))
+    assert still.figure("equivariance").value == 0.0
+    assert still.figure("translator_shift").value == pytest.approx(0.0, abs=1e-6)
+    assert still.figure("equivariance").tiles == 12
+    assert still.figure("equivariance").interval.groups == 4
+    moved = evaluate(str(sides / "generated"), None, replace(config, translator=f"{lab}:Mover"))
+    assert moved.figure("equivariance").value > 5
+    assert moved.figure("translator_shift").value == pytest.approx(3.0, abs=0.2)
+    assert moved.figure("shift_median").value < 0.5, "that of the generated tiles is another question"
+    wrong = replace(config, translator="identity=weights.safetensors")
+    assert "unknown option" in refusal(lambda: evaluate(str(sides / "generated"), None, wrong), ConfigError)
+
+
+def test_tissue_maps_lie_between_floor_and_ceiling(sides: Path, tmp_path: Path, lab: str) -> None:
+    for number, path in enumerate(sorted((sides / "generated").iterdir())):
+        pixels = np.asarray(Image.open(path))
+        save(tmp_path / "truth", path.name, pixels)
+        save(tmp_path / "made", path.name, np.roll(pixels, 2, axis=1))
+        save(tmp_path / "next", path.name, np.roll(pixels, 1, axis=0))
+        save(tmp_path / "before", path.name, tile(500 + number, 0.9, 0.7))
+    config = replace(
+        QUICK,
+        paired=True,
+        fid=False,
+        kid=False,
+        source=str(tmp_path / "before"),
+        segmenter=f"{lab}:tissues",
+        neighbour=str(tmp_path / "next"),
+    )
+    result = evaluate(str(tmp_path / "made"), str(tmp_path / "truth"), config)
+    figure = result.figure("tissue_f1")
+    floor, ceiling = (float(re.search(rf"{word} ([\d.]+)", figure.note)[1]) for word in ("floor", "ceiling"))
+    assert floor < figure.value < ceiling < 1.0
+    assert re.match(r"class 1 0\.\d{3}, class 2 0\.\d{3}, floor", figure.note)
+    share = (figure.value - floor) / (ceiling - floor)
+    assert result.figure("tissue_f1_placed").value == pytest.approx(share, abs=0.01)
+    assert figure.interval.low <= figure.value <= figure.interval.high
+    alone = replace(config, source=None, neighbour=None)
+    same = evaluate(str(tmp_path / "truth"), str(tmp_path / "truth"), alone)
+    assert same.figure("tissue_f1").value == 1.0
+    assert same.figure("tissue_f1_placed") is None
+    bad = replace(alone, segmenter=f"{lab}:nonsense")
+    assert "one whole number" in refusal(
+        lambda: evaluate(str(tmp_path / "truth"), str(tmp_path / "truth"), bad), ConfigError
+    )
+
+
+def test_variety_is_told_beside_that_of_the_reference(tmp_path: Path) -> None:
+    for number in range(4):
+        save(tmp_path / "made", f"a{number}.png", np.tile(tile(1), (2, 2, 1))[:128, :128])
+        save(tmp_path / "real", f"b{number}.png", np.tile(tile(number), (2, 2, 1))[:128, :128])
+    config = replace(QUICK, diversity=3, fid=False, kid=False)
+    figure = evaluate(str(tmp_path / "made"), str(tmp_path / "real"), config).figure("diversity")
+    assert figure.value == pytest.approx(1.0, abs=1e-5)
+    assert 0.0 < float(figure.note.rpartition("reference: ")[2]) < 0.6
+    assert evaluate(str(tmp_path / "made"), str(tmp_path / "real"), QUICK).figure("diversity") is None
+
+
+def test_the_inception_score_rests_on_logits(sides: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wsi_pipeline.evaluation import evaluate as module
+
+    class Logits:
+        name, dims, side, resize, digest = "inception_logits", 3, None, "none", "0" * 64
+
+        def __call__(self, pixels_BHWC: np.ndarray) -> np.ndarray:
+            return pixels_BHWC.mean(axis=(1, 2)).astype(np.float32) / 50
+
+    monkeypatch.setattr(module, "make_extractor", lambda *_, **__: Logits())
+    figure = run(sides).figure("inception_score")
+    assert 1.0 <= figure.value < 1.1
+    assert re.search(r"ten shuffled parts 0\.\d{3}; reference 1\.\d{3}", figure.note)
+
+
+def test_probes_that_cannot_work_are_told_in_a_line(sides: Path) -> None:
+    made, real = str(sides / "generated"), str(sides / "reference")
+    for bad, words in (
+        ({"translator": "identity"}, "--translator: is tried on source tiles"),
+        ({"segmenter": "json:loads"}, "--segmenter: its maps are compared"),
+        ({"segmenter": "json:lods", "paired": True}, "segmenter json:lods: cannot be imported"),
+        ({"segmenter": "no_such_module", "paired": True}, "give package.module:function"),
+        ({"diversity": 5, "fid": False, "kid": False}, "112 px or more"),
+    ):
+        assert words in refusal(lambda bad=bad: evaluate(made, real, replace(QUICK, **bad)), ConfigError)

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from wsi_pipeline.convert_cli import LogOpt
+
 __all__ = ["sample"]
 
 WeightsOpt = Annotated[Path, typer.Option(help="Weights of a translator that takes several steps.")]
@@ -17,9 +19,6 @@ GuidanceOpt = Annotated[float | None, typer.Option(help="Weight of the class [de
 NfeOpt = Annotated[int | None, typer.Option(min=1, help="Calls of the network [default: of the weights].")]
 DepthOpt = Annotated[int | None, typer.Option(min=1, help="Planes of a drawn volume [default: as wide].")]
 UmOpt = Annotated[float | None, typer.Option(help="µm between planes of a drawn volume [default: as x].")]
-LogOpt = Annotated[
-    Literal["text", "json"], typer.Option(help="text, or json for one JSON object a line on stdout.")
-]
 
 
 def sample(
@@ -49,9 +48,10 @@ def sample(
     drawer = open_drawer(weights, label or (), nfe, guidance, choose_device(device))
     if source:
         translate_file(drawer, source, out, seed)
-        made = 1
     else:
-        options = {"depth": depth, "z_um": z_um, "ending": volumes, "mosaic": mosaic}
-        made = len(sample_folder(drawer, out, count=count, seed=seed, **options))
+        sample_folder(
+            drawer, out, count=count, seed=seed, mosaic=mosaic, depth=depth, z_um=z_um, ending=volumes
+        )
+    made = 1 if source else count
     text = f"Wrote {out}: {made} synthetic images, not for diagnosis"
     show_result({"status": "sampled", "path": str(out), "images": made, "seed": seed}, text, log_format)

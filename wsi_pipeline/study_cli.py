@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from wsi_pipeline.convert_cli import LogOpt
 
 if TYPE_CHECKING:
     from wsi_pipeline.study.analyse import StudyResult
@@ -27,9 +29,6 @@ KeyArg = Annotated[Path, typer.Argument(metavar="STUDY_KEY", help="The .key.json
 AnswersArg = Annotated[list[Path], typer.Argument(metavar="ANSWERS.csv...", help="What readers saved.")]
 MarginOpt = Annotated[float, typer.Option(help="An accuracy of 0.5 +- this counts as chance.")]
 TableOpt = Annotated[Path | None, typer.Option("--out", "-o", help="OUT.csv, a row for each reader.")]
-LogOpt = Annotated[
-    Literal["text", "json"], typer.Option(help="text, or json for one JSON object a line on stdout.")
-]
 
 
 @app.command()
@@ -78,7 +77,7 @@ def analyse(
     result = study.analyse(key, answers, margin=margin)
     if out is not None:
         study.write_table(out, result)
-    show_result({"status": "analysed", **_finite(asdict(result))}, _text(result), log_format)
+    show_result({"status": "analysed", **asdict(result)}, _text(result), log_format)
 
 
 def _text(result: StudyResult) -> str:
@@ -91,18 +90,9 @@ def _text(result: StudyResult) -> str:
             f"  synthetic recognised {_figure(reader.sensitivity)}, real {_figure(reader.specificity)}",
             f"  {verdict} to chance within {result.margin:g} (TOST p {reader.tost_p:.3g})",
         ]
-    pairs = (f"{' and '.join(pair.readers)}: kappa {pair.kappa:.2f} on {pair.n}" for pair in result.agreement)
+    pairs = (f"{pair}: kappa {kappa:.2f}" for pair, kappa in result.kappa.items())
     return "\n".join([*lines, *pairs])
 
 
 def _figure(estimate: Estimate) -> str:
     return f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
-
-
-def _finite(value: Any) -> Any:
-    """Figures as JSON knows them: what is undefined becomes null."""
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if value != value else value

@@ -16,9 +16,11 @@ from wsi_pipeline.errors import ConfigError, OutputError
 from wsi_pipeline.study.pack import KEY_KIND
 from wsi_pipeline.study.statistics import Estimate, auc, equivalence_p, kappa, share
 
-__all__ = ["Agreement", "ReaderFigures", "StudyResult", "analyse", "write_table"]
+__all__ = ["ReaderFigures", "StudyResult", "analyse", "write_table"]
 
 CODE = re.compile(r"(?=.*[0-9])[A-Z0-9-]{1,12}")
+LIKELY = re.compile(r"[1-5] \d+([.,]\d+)?")
+"""Confidence and seconds; some spreadsheets write a comma."""
 SIGN = {"real": -1, "synthetic": 1}
 COLUMNS = {"study", "reader", "id", "answer", "confidence", "seconds"}
 
@@ -41,23 +43,14 @@ class ReaderFigures:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Agreement:
-    """Cohen's ``kappa`` of two readers on the ``n`` images that both judged."""
-
-    readers: tuple[str, str]
-    kappa: float
-    n: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StudyResult:
-    """All readers of a study of ``images``, and every pair of them."""
+    """All readers of a study of ``images``; ``kappa`` of every pair (``R1 R2``) on the images of both."""
 
     study: str
     images: int
     margin: float
     readers: tuple[ReaderFigures, ...]
-    agreement: tuple[Agreement, ...]
+    kappa: Mapping[str, float]
 
 
 def analyse(key: Path, answers: Sequence[Path], *, margin: float = 0.1, alpha: float = 0.05) -> StudyResult:
@@ -77,15 +70,13 @@ def analyse(key: Path, answers: Sequence[Path], *, margin: float = 0.1, alpha: f
     found: dict[str, dict[str, tuple[int, float]]] = defaultdict(dict)
     for path in answers:
         _read_answers(path, study, truth, found)
-    agreement = []
+    pairs = {}
     for a, b in combinations(sorted(found), 2):
         both = found[a].keys() & found[b].keys()
         words = ([found[reader][name][0] > 0 for name in both] for reader in (a, b))
-        agreement.append(Agreement(readers=(a, b), kappa=kappa(*words), n=len(both)))
+        pairs[f"{a} {b}"] = kappa(*words)
     readers = tuple(_figures(reader, found[reader], truth, margin, alpha) for reader in sorted(found))
-    return StudyResult(
-        study=study, images=len(truth), margin=margin, readers=readers, agreement=tuple(agreement)
-    )
+    return StudyResult(study=study, images=len(truth), margin=margin, readers=readers, kappa=pairs)
 
 
 def _figures(
@@ -93,6 +84,8 @@ def _figures(
 ) -> ReaderFigures:
     synthetic = [score for name, (score, _) in found.items() if truth[name] > 0]
     real = [score for name, (score, _) in found.items() if truth[name] < 0]
+    if not synthetic or not real:
+        raise ConfigError(f"{reader}: has judged images of one kind only; wait for more answers")
     caught, passed = sum(score > 0 for score in synthetic), sum(score < 0 for score in real)
     p = equivalence_p(caught + passed, len(found), margin)
     return ReaderFigures(
@@ -126,11 +119,11 @@ def _read_answers(
             problem = f"reader {reader!r} is no code such as R01; names stay out of a study"
         elif name in found[reader]:
             problem = f"{reader} has judged image {name} before; give only the last file of each reader"
-        elif row["answer"] not in SIGN or row["confidence"] not in tuple("12345"):
-            problem = f"{row['answer']!r} with confidence {row['confidence']!r} is no answer"
+        elif row["answer"] not in SIGN or not LIKELY.fullmatch(f"{row['confidence']} {row['seconds']}"):
+            problem = f"{row['answer']!r}, confidence {row['confidence']}, {row['seconds']} s is no answer"
         if problem:
             raise ConfigError(f"{path}, line {number}: {problem}")
-        seconds = float((row["seconds"] or "nan").replace(",", "."))
+        seconds = float(row["seconds"].replace(",", "."))
         found[reader][name] = SIGN[row["answer"]] * int(row["confidence"]), seconds
 
 

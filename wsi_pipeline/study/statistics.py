@@ -7,7 +7,6 @@ an AUC of 1 does not claim certainty; J. Cohen, 1960 (kappa); D. Schuirmann, 198
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ __all__ = ["Estimate", "auc", "equivalence_p", "kappa", "share", "size_for_equiv
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A figure with its interval, from ``n`` answers; NaN where there are none."""
+    """A figure with its interval, from ``n`` answers."""
 
     value: float
     low: float
@@ -29,8 +28,6 @@ class Estimate:
 
 def share(hits: int, n: int, level: float = 0.95) -> Estimate:
     """A share with its exact binomial interval (Clopper and Pearson)."""
-    if n == 0:
-        return Estimate(value=math.nan, low=math.nan, high=math.nan, n=0)
     tail = (1 - level) / 2
     low = float(stats.beta.ppf(tail, hits, n - hits + 1)) if hits else 0.0
     high = float(stats.beta.ppf(1 - tail, hits + 1, n - hits)) if hits < n else 1.0
@@ -40,8 +37,6 @@ def share(hits: int, n: int, level: float = 0.95) -> Estimate:
 def auc(synthetic: Sequence[float], real: Sequence[float], level: float = 0.95) -> Estimate:
     """How often a synthetic image scores higher than a real one, ties by half; 0.5 is chance."""
     m, n = len(synthetic), len(real)
-    if not m or not n:
-        return Estimate(value=math.nan, low=math.nan, high=math.nan, n=m + n)
     above_MN = np.sign(np.subtract.outer(np.asarray(synthetic), np.asarray(real)))
     value = float((above_MN + 1).mean() / 2)
     z = float(stats.norm.ppf((1 + level) / 2))
@@ -56,13 +51,12 @@ def auc(synthetic: Sequence[float], real: Sequence[float], level: float = 0.95) 
 
 
 def kappa(first: Sequence[object], second: Sequence[object]) -> float:
-    """Cohen's kappa of two readers on the same images: 1 agree always, 0 as chance; NaN if undefined."""
-    n = len(first)
-    if not n:
-        return math.nan
+    """Cohen's kappa of two readers on the same images: 1 agree always, 0 no more than by chance (also where
+    both say one word only, or judged nothing)."""
+    n = max(len(first), 1)
     agreed = sum(a == b for a, b in zip(first, second, strict=True)) / n
     chance = sum((first.count(word) / n) * (second.count(word) / n) for word in {*first, *second})
-    return (agreed - chance) / (1 - chance) if chance < 1 else math.nan
+    return (agreed - chance) / (1 - chance) if chance < 1 else 0.0
 
 
 def equivalence_p(hits: int, n: int, margin: float) -> float:

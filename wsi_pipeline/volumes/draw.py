@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -63,17 +65,10 @@ def open_drawer(
         if label not in numbers and not (label.isdecimal() and int(label) < classes):
             raise ConfigError(f"--label {label}: {weights} knows {', '.join(names) or 'no classes'}")
     chosen = [numbers[label] if label in numbers else int(label) for label in labels] or list(range(classes))
-    sampling = replace(spec.sampling, nfe=nfe or spec.sampling.nfe)
-    if guidance is not None:
-        sampling = replace(sampling, guidance=guidance)
-    return Drawer(
-        spec=spec,
-        net=build_translator(spec, tensors, device),
-        parts=make_parts(spec.diffusion),
-        sampling=sampling,
-        labels=tuple(chosen),
-        device=device,
-    )
+    guided = spec.sampling.guidance if guidance is None else guidance
+    sampling = replace(spec.sampling, nfe=nfe or spec.sampling.nfe, guidance=guided)
+    net, parts = build_translator(spec, tensors, device), make_parts(spec.diffusion)
+    return Drawer(spec=spec, net=net, parts=parts, sampling=sampling, labels=tuple(chosen), device=device)
 
 
 def draw_images(drawer: Drawer, numbers: Sequence[int], seed: int, depth: int | None = None) -> Tensor:
@@ -106,7 +101,8 @@ def translate_volume(drawer: Drawer, sources: Sequence[Volume], seed: int, numbe
     if spec.axes != "zyx" or not spec.translates or not fits:
         raise ConfigError(
             f"--source: {len(sources)} of shape {sorted(shapes)}: these weights take {config.sources} images "
-            f"of one shape, {spec.channels} channels, axes {spec.axes}{'' if spec.translates else ', and follow no source'}"
+            f"of one shape, axes {spec.axes}, {spec.channels} channels, and "
+            f"{'follow them' if spec.translates else 'follow no source'}"
         )
     drawer.parts.representation.config.check_spacing(first.um[0], first.um[1])
     unit_CDHW = np.concatenate([_unit(volume.values_CDHW) for volume in sources])
@@ -144,26 +140,18 @@ def _drawn(
         return torch.from_numpy(drawn_BCZHW if len(size) == 3 else drawn_BCZHW[:, :, 0]).to(drawer.device)
 
     labels = [drawer.labels[number % len(drawer.labels)] for number in numbers] if drawer.labels else None
-    made = draw(
-        drawer.net,
-        drawer.parts,
-        drawer.sampling,
-        source=source,
-        label=None if labels is None else torch.tensor(labels, device=drawer.device),
-        noise=noise,
-        value_range=drawer.spec.value_range,
-    )
+    label = None if labels is None else torch.tensor(labels, device=drawer.device)
     low, high = drawer.spec.value_range
+    settings = (drawer.net, drawer.parts, drawer.sampling)
+    made = draw(*settings, source=source, label=label, noise=noise, value_range=(low, high))
     return ((made.float() - low) / (high - low)).clamp(0.0, 1.0).cpu()
 
 
-def _unit(values_CDHW: np.ndarray) -> np.ndarray:
+def _unit(values_CDHW: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """Values in [0, 1], float32: grey levels by 255, prepared values as they are, others (intensities of a
     scanner) as WDM does, from the 0.1 % to the 99.9 % quantile."""
-    if values_CDHW.dtype == np.uint8:
-        return values_CDHW.astype(np.float32) / 255
-    values = values_CDHW.astype(np.float32)
-    if values.min() >= 0 and 0 < values.max() <= 1:
-        return values
-    low, high = np.quantile(values, (0.001, 0.999))
-    return ((values - low) / max(high - low, 1e-12)).clip(0, 1).astype(np.float32)
+    low, high = np.quantile(values_CDHW, (0.001, 0.999))
+    if values_CDHW.dtype == np.uint8 or (values_CDHW.min() >= 0 and values_CDHW.max() <= 1):
+        low, high = 0.0, 255.0 if values_CDHW.dtype == np.uint8 else 1.0
+    unit_CDHW = ((values_CDHW - np.float32(low)) / np.float32(max(high - low, 1e-12))).clip(0, 1)
+    return np.asarray(unit_CDHW, np.float32)

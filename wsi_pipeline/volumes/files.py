@@ -61,9 +61,7 @@ def write_volume(path: Path, volume: Volume) -> None:
     if not path.name.endswith((".nii", ".nii.gz")):
         raise ConfigError(f"{path}: volumes are written as .nii.gz, .nii or .ome.zarr")
     nibabel = _nibabel()
-    affine = (
-        np.diag([*(um / 1000 for um in volume.um[::-1]), 1.0]) if volume.affine is None else volume.affine
-    )
+    affine = np.diag([*np.divide(volume.um[::-1], 1000), 1.0]) if volume.affine is None else volume.affine
     values_XYZC = volume.values_CDHW.transpose(3, 2, 1, 0)
     picture = nibabel.Nifti1Image(values_XYZC[..., 0] if values_XYZC.shape[-1] == 1 else values_XYZC, affine)
     picture.header.set_xyzt_units("mm")
@@ -83,8 +81,6 @@ def _read_nifti(path: Path) -> Volume:
         values = np.asanyarray(picture.dataobj)
     except nibabel.filebasedimages.ImageFileError as error:
         raise ValueError(error) from error
-    if values.ndim not in (3, 4):
-        raise ValueError(f"{values.ndim} axes")
     values_CDHW = values.reshape(*values.shape[:3], -1).transpose(3, 2, 1, 0)
     mm = {"micron": 1e-3, "meter": 1e3}.get(picture.header.get_xyzt_units()[0], 1.0)
     x, y, z = (1000 * mm * float(zoom) for zoom in picture.header.get_zooms()[:3])
@@ -103,8 +99,7 @@ def _read_zarr(path: Path) -> Volume:
     units = [axis.get("unit", "micrometer") for axis in multiscale["axes"]]
     um = {name: mpp_from_length(*pair) for name, *pair in zip(names, scale, units, strict=True)}
     values = np.asarray(group[level["path"]])
-    order = sorted(range(values.ndim), key=lambda place: "tczyx".index(names[place]))
-    values = values.transpose(order)
+    values = values.transpose(sorted(range(values.ndim), key=lambda place: "tczyx".index(names[place])))
     return Volume(values_CDHW=values.reshape(-1, *values.shape[-3:]), um=(um["z"], um["y"], um["x"]))
 
 

@@ -51,7 +51,7 @@ def sample_folder(
     um = (spec.mpp if z_um is None else z_um, spec.mpp, spec.mpp)
     drawer.parts.representation.config.check_spacing(*um[:2])
     batch = BATCH if drawer.device.type == "cuda" and spec.axes == "yx" else 1
-    files, rows, shown = [], [["slide", "label", "seed"]], []
+    files, rows, shown = list[Path](), [["slide", "label", "seed"]], list[Image.Image]()
     try:
         for start in range(0, count, batch):
             numbers = range(start, min(start + batch, count))
@@ -101,8 +101,6 @@ def _mosaic(pictures: Sequence[Image.Image]) -> Image.Image:
     rows = math.ceil(len(pictures) / columns)
     sheet = Image.new("RGB", (columns * (width + 4) - 4, rows * (height + 4) - 4), "white")
     for number, picture in enumerate(pictures):
-        row, column = divmod(number, columns)
-        sheet.paste(
-            picture.convert("RGB").resize((width, height)), (column * (width + 4), row * (height + 4))
-        )
+        place = (number % columns * (width + 4), number // columns * (height + 4))
+        sheet.paste(picture.convert("RGB").resize((width, height)), place)
     return sheet

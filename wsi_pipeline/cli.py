@@ -18,6 +18,7 @@ from wsi_pipeline import (
     convert_cli,
     evaluate_cli,
     models_cli,
+    register_cli,
     sample_cli,
     series_cli,
     study_cli,
@@ -47,6 +48,7 @@ app.command("plan")(convert_cli.plan)
 app.command("convert")(convert_cli.convert)
 app.command("series")(series_cli.series)
 app.command("tile")(cohort_cli.tile)
+app.command("register")(register_cli.register)
 app.command("train")(train_cli.train)
 app.command("sample")(sample_cli.sample)
 app.command("evaluate")(evaluate_cli.evaluate)

@@ -16,6 +16,7 @@
         FingerprintMismatchError    the partial output was made by another plan, slide or generator
         IncompleteOutputError       the output was never finished, or a block is missing
         LedgerCorruptError          the ledger contradicts itself or the blocks
+        RegistrationError           two slides do not lie to each other in a way that can be trusted
       WorkerDiedError               a worker process ended before its work did; a run tries again
       StoppedError                  the work was asked to stop; what is committed stays
 
@@ -39,6 +40,7 @@ __all__ = [
     "MppConflictError",
     "OutputError",
     "OutputExistsError",
+    "RegistrationError",
     "SlideError",
     "StoppedError",
     "TrainingError",
@@ -153,6 +155,10 @@ class IncompleteOutputError(OutputError):
 
 class LedgerCorruptError(OutputError):
     """The ledger contradicts itself, or a block differs from its recorded checksum."""
+
+
+class RegistrationError(OutputError):
+    """Two slides do not register, or not well enough to be trusted; no transform was written."""
 
 
 class WorkerDiedError(WsiPipelineError):

@@ -97,7 +97,7 @@ def make_index(
 def _about(cohort: Cohort, slides: Sequence[CohortSlide], config: CohortConfig) -> dict[str, Any]:
     """What the index says of itself; its fingerprint tells whether another run means the same index."""
     settings = json.loads(json.dumps(asdict(config)))
-    rows = [replace(slide, path="", mask=Path(slide.mask).name) for slide in slides]
+    rows = [replace(slide, path="", transform="", mask=Path(slide.mask).name) for slide in slides]
     content = json.dumps([settings, [asdict(row) for row in rows]], sort_keys=True)
     return {
         "version": VERSION,
@@ -230,7 +230,8 @@ def _write_index(
                 raise OutputError(f"{job.path}: has vanished; run the same command again", path=job.path)
             table, part = read
             reason_N = judge(table, job.config.filters)
-            rows = slide_columns(table, job.slide, part.facts["mpp"], reason_N, _written(job.slide.path, out))
+            slide = replace(job.slide, transform=job.slide.transform and _written(job.slide.transform, out))
+            rows = slide_columns(table, slide, part.facts["mpp"], reason_N, _written(slide.path, out))
             if writer is None:
                 schema = rows.schema.with_metadata({INDEX_KEY: json.dumps(about).encode()})
                 writer = parquet.ParquetWriter(fresh, schema, compression="zstd")

@@ -85,9 +85,10 @@ def slide_columns(
         "patient": slide.patient,
         "split": slide.split,
         "pair": slide.pair,
+        "transform": slide.transform,
     }
     columns = {}
-    for name in _TEXTS:
+    for name in texts:
         codes = pyarrow.array(np.zeros(count, np.int32))
         columns[name] = pyarrow.DictionaryArray.from_arrays(codes, pyarrow.array([texts[name]]))
     places = ("mpp_y", "mpp_x", "slide_mpp_y", "slide_mpp_x")
@@ -126,6 +127,7 @@ def load_index(path: Path, *, filters: FilterConfig | None = None, everything: b
         raise ConfigError(f"{path}: a tile index of another version; make it again with wsi-pipeline tile")
     try:
         wanted = [*_FILLED, "slide_mpp_y", "slide_mpp_x", *(SCORES if filters else ["keep"])]
+        wanted += {"transform"} & set(parquet.read_schema(path).names)  # indices of old have none
         table = parquet.read_table(path, columns=wanted)
         empty = [name for name in wanted if not name.startswith("slide_mpp") and table[name].null_count]
         if empty:
@@ -169,6 +171,7 @@ def _columns(table: Any, path: Path) -> _Columns:
                 identity=head["identity"],
                 mpp=None if given[0] is None else given,
                 lattice=(head["mpp_y"], head["mpp_x"]),
+                transform=_found(head["transform"], path) if head.get("transform") else "",
                 **{name: head[name] for name in ("domain", "patient", "split", "pair")},
             )
         )

@@ -2,9 +2,10 @@
 
 Columns: ``slide`` (a path, relative to the table, or a URL) and, all optional, ``domain`` (FF or FFPE),
 ``patient``, ``split`` (train, val, test), ``mpp`` and ``mpp_y`` (µm per pixel, override the file), ``mask``
-(``detect``, ``whole`` or a GeoJSON file), ``pair`` (slides in register share it). What a TCGA barcode in the
-file name states need not be repeated; other columns are passed over. A folder of slides is a cohort as well:
-its sub-folders state domain and split.
+(``detect``, ``whole`` or a GeoJSON file), ``pair`` (slides in register share it), ``transform`` (a
+``pair.json`` of ``wsi-pipeline register``: the slide is read where its partner lies). What a TCGA barcode in
+the file name states need not be repeated; other columns are passed over. A folder of slides is a cohort as
+well: its sub-folders state domain and split.
 
 Why every problem at once. A cohort has hundreds of slides; to be told of one bad row an hour, hours into a
 run, costs a day.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import csv
 import difflib
 import io
+import json
 import math
 import os
 from collections import defaultdict
@@ -35,7 +37,7 @@ from wsi_pipeline.readers.mpp import mpp_of_cells
 
 __all__ = ["Cohort", "CohortSlide", "read_cohort"]
 
-COLUMNS = ("slide", "domain", "patient", "split", "mpp", "mpp_y", "mask", "pair")
+COLUMNS = ("slide", "domain", "patient", "split", "mpp", "mpp_y", "mask", "pair", "transform")
 SLIDES = (".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".tif", ".tiff", ".btf", ".zarr")
 """Endings of what a folder of slides may hold."""
 TILES = (".png", ".jpg", ".jpeg")
@@ -49,7 +51,8 @@ Row = tuple[str, Mapping[str, str]]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CohortSlide:
     """One slide of a cohort. ``mpp``: (y, x) override, None = the file's own; ``identity``: digest of the
-    file; ``normal``: no tumour tissue, as far as a barcode says; ``pair``: empty where it has no partner."""
+    file and its transform; ``normal``: no tumour tissue, as far as a barcode says; ``pair``: empty where it
+    has no partner; ``transform``: the ``pair.json`` through which it is read, empty: none."""
 
     path: str
     name: str
@@ -60,6 +63,7 @@ class CohortSlide:
     mpp: Mpp | None = None
     mask: str = "detect"
     pair: str = ""
+    transform: str = ""
     normal: bool = False
 
 
@@ -90,6 +94,7 @@ def read_cohort(path: str | Path, *, split: SplitConfig | None = None, threads: 
             problems.append(f"{where}: {looked}")
     slides = [(where, s) for (where, _), s in zip(found, opened, strict=True) if isinstance(s, CohortSlide)]
     problems += _doubles(slides)
+    problems += _strangers(slides)
     problems += _leaks([(where, slide) for where, slide in found if slide.split in SPLITS])
     if not rows:
         problems.append("names no slide")
@@ -253,6 +258,7 @@ def _parse(
         mask = _resolved(mask, origin)
         if not os.path.isfile(mask):
             problem(f"mask {cell('mask')}: no such file")
+    transform = cell("transform") and _resolved(cell("transform"), origin)
     if "://" not in path and not os.path.exists(path):
         problem(f"{cell('slide')}: no such file")
         return where, None
@@ -266,6 +272,7 @@ def _parse(
         mpp=_mpp(cell("mpp"), cell("mpp_y"), problem),
         mask=mask,
         pair=cell("pair"),
+        transform=transform,
         normal=barcode.normal if barcode else False,
     )
 
@@ -290,7 +297,7 @@ def _mpp(x: str, y: str, problem: Callable[[str], None]) -> Mpp | None:
 def _opened(where: str, slide: CohortSlide) -> CohortSlide | str:
     """The slide with its identity, or what is wrong with the file."""
     try:
-        opened = open_slide(slide.path, mpp=slide.mpp)
+        opened = open_slide(slide.path, mpp=slide.mpp, transform=slide.transform or None)
         identity = opened.identity
         opened.close()
     except MissingMppError:
@@ -307,6 +314,20 @@ def _doubles(slides: Iterable[tuple[str, CohortSlide]]) -> Iterator[str]:
         if before[0] != where:
             same = "the same slide" if before[1] == slide.name else f"the same file as {before[1]},"
             yield f"{where}: {slide.name} is {same} of {before[0]}; keep one row"
+
+
+def _strangers(slides: Sequence[tuple[str, CohortSlide]]) -> Iterator[str]:
+    """A transform maps from one slide; as a partner of another one its tiles would show other tissue."""
+    fixed = {slide.pair: slide for _, slide in slides if slide.pair and not slide.transform}
+    for where, slide in slides:
+        partner = fixed.get(slide.pair)
+        if slide.transform and partner is not None:
+            about = json.loads(Path(slide.transform).read_text(encoding="utf-8"))
+            if about["from_identity"] != partner.identity:
+                yield (
+                    f"{where}: {Path(slide.transform).name} maps from {about['from']}, and its partner is "
+                    f"{partner.name}; register the slides of a pair with each other"
+                )
 
 
 def _leaks(slides: Iterable[tuple[str, CohortSlide]]) -> Iterator[str]:

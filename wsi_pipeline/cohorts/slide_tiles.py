@@ -36,6 +36,7 @@ from wsi_pipeline.readers import open_slide
 from wsi_pipeline.readers.lattice import SlideView
 from wsi_pipeline.readers.masks import find_tissue
 from wsi_pipeline.readers.overview import near_own, read_overview, reduce_overview
+from wsi_pipeline.readers.warped import on_lattice
 
 __all__ = ["Part", "SlideJob", "read_part", "tile_slide"]
 
@@ -93,10 +94,10 @@ def tile_slide(job: SlideJob) -> None:
     """
     began = time.monotonic()
     cv2.setNumThreads(0)
-    slide = open_slide(job.slide.path, mpp=job.slide.mpp)
+    slide = open_slide(job.slide.path, mpp=job.slide.mpp, transform=job.slide.transform or None)
     try:
         mpp = _lattice_mpp(slide, job.config)
-        view = SlideView(slide, mpp, icc=job.config.icc)
+        view = SlideView(on_lattice(slide, mpp), mpp, icc=job.config.icc)
         overview_HWC, fine = read_overview(slide, icc=job.config.icc)
         thumbnail_HWC, coarse = reduce_overview(slide, overview_HWC, fine)
         settings = job.config.frozen if job.slide.domain == "FF" else job.config.ffpe

@@ -31,6 +31,7 @@ from wsi_pipeline.errors import ConfigError, SlideError
 from wsi_pipeline.readers import open_slide
 from wsi_pipeline.readers.image import picture_size
 from wsi_pipeline.readers.lattice import IccMode, SlideView
+from wsi_pipeline.readers.warped import WarpedSlide, on_lattice
 
 if TYPE_CHECKING:
     from wsi_pipeline.cohorts.settings import FilterConfig
@@ -54,7 +55,8 @@ class IndexedSlide:
     ``mpp``: (y, x) pixel size that overrides the file's own (for pictures, which state none, 1 where nobody
     said); ``lattice``: pixel size of the lattice on which its regions lie (None: its own pixels);
     ``domain`` (``FF`` or ``FFPE``), ``patient``, ``split``: empty where unknown; ``pair``: slides of the same
-    ``pair`` in two domains show the same tissue in register.
+    ``pair`` in two domains show the same tissue in register; ``transform``: the ``pair.json`` through which
+    the slide is read, empty: none.
     """
 
     path: str
@@ -66,6 +68,7 @@ class IndexedSlide:
     patient: str = ""
     split: str = ""
     pair: str = ""
+    transform: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -187,6 +190,16 @@ class TileReader:
         tile_HWC = self._cache.get(name, lambda: self._view(number).read(tile))
         return tile_HWC[region.slices(tile)].copy()
 
+    def inside(self, row: int, crop: Region | None = None) -> npt.NDArray[np.bool_]:
+        """Which pixels of ``read(row, crop)`` show the slide, bool [H, W]: where a transform leads off its
+        slide, the tile is white."""
+        tile = self.index.region(row)
+        region = tile if crop is None else crop.shifted(tile.y, tile.x)
+        slide = self._view(int(self.index.slide_N[row])).slide
+        if isinstance(slide, WarpedSlide):
+            return slide.inside(0, region)
+        return np.ones((region.height, region.width), np.bool_)
+
     def _name(self, number: int, tile: Region) -> str | None:
         """What decides a tile's pixels, as text; None where the file's content is unknown."""
         entry = self.index.slides[number]
@@ -206,13 +219,15 @@ class TileReader:
                 self._open.move_to_end(number)
                 return view
         entry = self.index.slides[number]
-        slide = open_slide(entry.path, mpp=entry.mpp)
+        slide = open_slide(entry.path, mpp=entry.mpp, transform=entry.transform or None)
         if entry.identity and slide.identity != entry.identity:
             raise SlideError(
                 f"{entry.path}: is not the file of which {self.index.origin} was made; "
                 "make the index again with wsi-pipeline tile",
                 slide_id=slide.slide_id,
             )
+        if entry.lattice is not None:
+            slide = on_lattice(slide, entry.lattice)
         view = SlideView(slide, entry.lattice, icc=self.index.icc)
         with self._lock:
             self._open[number] = view

@@ -1,8 +1,8 @@
 """Where a point of one slide lies on another: an affine map and, on top of it, a field of displacements.
 
 Points are (y, x) in µm from a slide's corner; the centre of pixel i is (i + 0.5) * mpp. A transform maps a
-point of the *fixed* slide, on whose lattice tiles are drawn, to the point of the *moving* slide where the pixel
-is read: pull-back, so nothing is ever inverted. Field node (i, j) stands at (i + 0.5, j + 0.5) *
+point of the *fixed* slide, on whose lattice tiles are drawn, to the point of the *moving* slide where the
+pixel is read: pull-back, so nothing is ever inverted. Field node (i, j) stands at (i + 0.5, j + 0.5) *
 ``field_um_per_px`` on the fixed slide; between nodes the field is bilinear, beyond them it keeps its edge.
 
 Why no resampled slide is kept: a copy would be resampled twice, cost gigabytes, and hide the error of the
@@ -115,7 +115,7 @@ def pull_back(
 ) -> npt.NDArray[np.generic]:
     """An image ([h, w] or [h, w, C], uint8 or float32, ``mpp`` µm a pixel) at ``at_2HW`` µm; one resampling.
 
-    ``origin``: (y, x) of the image's first pixel in the level that it is a part of; ``fill``: what is outside.
+    ``origin``: (y, x) of the image's first pixel in the level that it is part of; ``fill``: what is outside.
     Positions are rounded to 1/32 px of the level, then counted from ``origin``, which is exact: so the same
     pixels come out of whichever part of the level was read.
     """

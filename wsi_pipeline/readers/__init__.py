@@ -34,14 +34,20 @@ _LFS = b"version https://git-lfs"
 
 
 def open_slide(
-    path: str | Path, *, mpp: Mpp | float | None = None, mpp_table: Path | None = None, reader: str = "auto"
+    path: str | Path,
+    *,
+    mpp: Mpp | float | None = None,
+    mpp_table: Path | None = None,
+    reader: str = "auto",
+    transform: str | Path | None = None,
 ) -> Slide:
     """Open a slide file, an OME-Zarr folder, or an fsspec URL of a TIFF or OME-Zarr.
 
     ``mpp``: micrometres per pixel ((y, x), or one number for both) that wins over whatever the file says;
     ``mpp_table``: CSV ``slide,mpp[,mpp_y]`` of such overrides, used for the slides that it lists; ``reader``:
     ``"auto"``, a name in ``READERS``, or ``"my_lab.module:Class"`` (called with the path and
-    ``mpp=MppClaim | None``).
+    ``mpp=MppClaim | None``); ``transform``: a ``pair.json`` of ``wsi-pipeline register``, through which the
+    slide is read as if it lay where the fixed slide lies.
 
     Raises UnsupportedSlideError (no such file, empty, Git LFS pointer, unknown or unwanted content; it says
     what was tried), MissingMppError, MppConflictError, CorruptRegionError, and ConfigError for
@@ -58,12 +64,18 @@ def open_slide(
         except NotThisReaderError as error:
             refusals.append(str(error).removeprefix(f"{file_name(text)}: "))
             continue
-        return slide
+        return slide if transform is None else _warped(slide, transform)
     raise UnsupportedSlideError(
         f"{file_name(text)}: no reader opens it ({'; '.join(refusals)}); convert it to a pyramidal "
         "TIFF first: vips tiffsave IN OUT.tif --tile --pyramid",
         slide_id=slide_name(text),
     )
+
+
+def _warped(slide: Slide, transform: str | Path) -> Slide:
+    from wsi_pipeline.readers.warped import WarpedSlide, load_pair
+
+    return WarpedSlide(slide, load_pair(transform))
 
 
 def _override(path: str, mpp: Mpp | float | None, mpp_table: Path | None) -> MppClaim | None:

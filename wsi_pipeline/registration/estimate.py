@@ -2,9 +2,10 @@
 
 Structure is the density of red light, less its local mean and over its local spread, inside the tissue.
 Why: haematoxylin absorbs red, eosin hardly and DAB little, so nuclei and glands are there in H&E and IHC
-alike; and taking the local level away leaves neither staining strength nor the outline of the tissue to match.
+alike; and without the local level neither the staining's strength nor the tissue's outline is left to match.
 
-Sources: D. Lowe, "Distinctive image features from scale-invariant keypoints", IJCV 60, 2004 (SIFT, ratio test).
+Sources: D. Lowe, "Distinctive image features from scale-invariant keypoints", IJCV 60, 2004 (SIFT, ratio
+test).
 """
 
 from __future__ import annotations
@@ -42,14 +43,13 @@ class Section:
     """A slide at working resolution: ``rgb_HWC`` uint8, tissue bool [H, W], structure float32 [H, W],
     ``mpp`` µm a pixel on both axes."""
 
-    name: str
     rgb_HWC: U8_HWC
     tissue_HW: npt.NDArray[np.bool_]
     structure_HW: F32_HW
     mpp: float
 
     @classmethod
-    def of(cls, name: str, rgb_HWC: U8_HWC, tissue_HW: npt.NDArray[np.bool_], mpp: float) -> Section:
+    def of(cls, rgb_HWC: U8_HWC, tissue_HW: npt.NDArray[np.bool_], mpp: float) -> Section:
         """Section of a picture and its tissue."""
         white = estimate_white(rgb_HWC, tissue_HW)
         density = optical_density(rgb_HWC, white)[..., 0].astype(np.float32)
@@ -60,14 +60,13 @@ class Section:
         spread = np.sqrt(np.maximum(_blur(density * density * weight) / area - mean * mean, 0.0))
         soft = cv2.GaussianBlur(weight, (0, 0), 2.0)
         level = np.clip((density - mean) / (spread + 0.03), -3, 3) * soft * weight
-        return cls(
-            name=name, rgb_HWC=rgb_HWC, tissue_HW=tissue_HW, structure_HW=np.asarray(level, np.float32), mpp=mpp
-        )
+        structure_HW = np.asarray(level, np.float32)
+        return cls(rgb_HWC=rgb_HWC, tissue_HW=tissue_HW, structure_HW=structure_HW, mpp=mpp)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Matches:
-    """Blocks that were found again: points (y, x) in µm on either slide, [N, 2], and their correlation [N]."""
+    """Blocks that were found again: points (y, x) in µm on both slides, [N, 2], and their correlation [N]."""
 
     fixed_N2: F64
     moving_N2: F64
@@ -92,7 +91,7 @@ def _blur(plane_HW: F32_HW) -> F32_HW:
 
 
 def starts(fixed: Section, moving: Section) -> Iterator[SlideTransform]:
-    """Rough transforms, the likeliest first: from key points, then from all directions of the whole tissue."""
+    """Rough transforms, the likeliest first: from key points, then from all directions of the tissue."""
     found = _by_keypoints(fixed, moving)
     if found is not None:
         yield found
@@ -122,7 +121,7 @@ def _by_keypoints(fixed: Section, moving: Section) -> SlideTransform | None:
 
 
 def plausible(affine_23: F64 | None) -> bool:
-    """Whether sections of one block may lie to each other like this: no mirror, 0.8 to 1.25 in any direction."""
+    """Whether sections of one block may lie like this: no mirror, 0.8 to 1.25 in any direction."""
     if affine_23 is None:
         return False
     large, small = np.linalg.svd(affine_23[:, :2], compute_uv=False)
@@ -198,10 +197,8 @@ def match_blocks(
     ), blocks
 
 
-def _found(
-    pattern_HW: F32_HW, searched_HW: F32_HW, y: int, x: int, reach: int
-) -> tuple[F64 | None, float]:
-    """Shift (y, x) in pixels, to parts of them, at which a block of the first image is found in the second."""
+def _found(pattern_HW: F32_HW, searched_HW: F32_HW, y: int, x: int, reach: int) -> tuple[F64 | None, float]:
+    """Shift (y, x) in pixels, to parts of them, at which a block of one image is found in the other."""
     top, left = max(y - reach, 0), max(x - reach, 0)
     area = searched_HW[top : y + BLOCK + reach, left : x + BLOCK + reach]
     block = pattern_HW[y : y + BLOCK, x : x + BLOCK]

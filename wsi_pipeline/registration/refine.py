@@ -42,14 +42,13 @@ GOOD_START = 0.3
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Fitted:
-    """A transform, the matches that were fitted and those that were held out, and how many blocks of tissue
-    there were; ``affine_median_um``: median held-out error of the affine map alone, None where not measured."""
+    """A transform, the matches that were fitted, those that were held out, and how many blocks of tissue
+    there were."""
 
     transform: SlideTransform
     used: Matches
     tested: Matches
     blocks: int
-    affine_median_um: float | None = None
 
     def agreeing(self, mpp: float) -> float:
         """Share of all blocks of tissue that were found, fitted, and agree."""
@@ -113,15 +112,7 @@ def _elastic(fixed: Section, moving: Section, plain: Fitted) -> Fitted:
     if not len(bent.tested):
         return plain
     before, after = (float(np.median(bent.tested.errors(fit.transform))) for fit in (plain, bent))
-    if after > KEEP_FIELD * before:
-        return plain
-    return Fitted(
-        transform=bent.transform,
-        used=bent.used,
-        tested=bent.tested,
-        blocks=bent.blocks,
-        affine_median_um=before,
-    )
+    return bent if after <= KEEP_FIELD * before else plain
 
 
 def _bent(matches: Matches, affine_23: F64, fixed: Section) -> SlideTransform | None:
@@ -134,25 +125,22 @@ def _bent(matches: Matches, affine_23: F64, fixed: Section) -> SlideTransform | 
     keep_N = odd_N <= ODD_PX * fixed.mpp
     if keep_N.sum() < 2 * NEIGHBOURS:
         return None
-    size_um = (fixed.tissue_HW.shape[0] * fixed.mpp, fixed.tissue_HW.shape[1] * fixed.mpp)
-    return smooth_field(matches.fixed_N2[keep_N], rest_N2[keep_N], affine_23, size_um, fixed.mpp)
+    return smooth_field(matches.fixed_N2[keep_N], rest_N2[keep_N], affine_23, fixed)
 
 
-def smooth_field(
-    points_N2: F64, rest_N2: F64, affine_23: F64, size_um: tuple[float, float], mpp: float
-) -> SlideTransform:
-    """An affine map and the smoothing spline of what it leaves, [N, 2] µm, on nodes 2 * ``mpp`` apart.
+def smooth_field(points_N2: F64, rest_N2: F64, affine_23: F64, fixed: Section) -> SlideTransform:
+    """An affine map and the smoothing spline of what it leaves, [N, 2] µm, on nodes 2 working pixels apart.
 
     The spline is evaluated twice a block and enlarged; nowhere does it reach farther than the points do.
     """
     every = -(-len(points_N2) // MAX_KNOTS)
-    knots_N2, rest_N2 = points_N2[::every] / (BLOCK * mpp), rest_N2[::every]
+    knots_N2, rest_N2 = points_N2[::every] / (BLOCK * fixed.mpp), rest_N2[::every]
     spline = RBFInterpolator(knots_N2, rest_N2, kernel="thin_plate_spline", smoothing=SMOOTHING)
-    rows, columns = (int(np.ceil(side / (BLOCK * mpp) * 2)) for side in size_um)
+    rows, columns = (-(-2 * side // BLOCK) for side in fixed.tissue_HW.shape)
     at = np.meshgrid((np.arange(rows) + 0.5) / 2, (np.arange(columns) + 0.5) / 2, indexing="ij")
     coarse = spline(np.stack(at, axis=-1).reshape(-1, 2)).reshape(rows, columns, 2)
     coarse = np.clip(coarse, rest_N2.min(axis=0), rest_N2.max(axis=0)).astype(np.float32)
     factor = BLOCK // 4
     fine = cv2.resize(coarse, (columns * factor, rows * factor), interpolation=cv2.INTER_CUBIC)
     field: npt.NDArray[np.float32] = np.ascontiguousarray(fine.transpose(2, 0, 1))
-    return SlideTransform(affine_23=affine_23, field_2HW=field, field_um_per_px=2 * mpp)
+    return SlideTransform(affine_23=affine_23, field_2HW=field, field_um_per_px=2 * fixed.mpp)

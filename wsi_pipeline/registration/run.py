@@ -1,0 +1,195 @@
+"""Two slides in; a transform file, its field and a picture out, or a refusal that says what was measured.
+
+Files: ``NAME.json``; ``NAME.field.zarr`` beside it, where there is a field; ``NAME.png``. A refused
+registration writes ``NAME.refused.png`` at the most. Nothing in them comes from a file's own metadata but the
+pixel size: no label, no texts, only the two names and digests.
+
+Points of another program (VALIS, or landmarks set by hand) come as a CSV with the columns ``fixed_x``,
+``fixed_y``, ``moving_x``, ``moving_y``, in level-0 pixels; they pass the same gates, on blocks that they
+never saw. VALIS keeps its results in pickles, which are not opened here; its ``warp_xy_from_to`` makes such
+points.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from wsi_pipeline.core.geometry import Mpp, Region
+from wsi_pipeline.core.protocols import Slide
+from wsi_pipeline.core.stain import F64
+from wsi_pipeline.core.tissue import TissueConfig, detect_tissue
+from wsi_pipeline.core.transform import SlideTransform, fit_affine
+from wsi_pipeline.errors import ConfigError, OutputError, OutputExistsError, RegistrationError
+from wsi_pipeline.readers import open_slide
+from wsi_pipeline.readers.lattice import SlideView
+from wsi_pipeline.readers.warped import PAIR_VERSION
+from wsi_pipeline.registration.estimate import Section
+from wsi_pipeline.registration.gate import GATES, measured, refusals
+from wsi_pipeline.registration.picture import draw_registration
+from wsi_pipeline.registration.refine import Fitted, measure, register, smooth_field
+
+__all__ = ["register_slides"]
+
+_STRIP = 256
+_COLUMNS = ("fixed_y", "fixed_x", "moving_y", "moving_x")
+_MIN_POINTS = 16
+
+
+def register_slides(
+    fixed: str | Path,
+    moving: str | Path,
+    out: str | Path,
+    *,
+    mpp: float = 8.0,
+    elastic: bool = True,
+    picture: bool = True,
+    points: str | Path | None = None,
+    mpps: tuple[float | None, float | None] = (None, None),
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Register two slides and write ``out``; returns its content.
+
+    ``mpp``: working µm per pixel; ``elastic``: a field on top of the affine map, where it helps; ``points``:
+    a CSV of another program instead of our own estimate; ``mpps``: pixel sizes that override those of the two
+    files. Raises RegistrationError where the result cannot be trusted, SlideError for a file that cannot be
+    read, OutputExistsError, OutputError and ConfigError.
+    """
+    out = Path(out)
+    if out.suffix.lower() != ".json":
+        raise ConfigError(f"--out {out}: name a .json file")
+    if not 1 <= mpp <= 64:
+        raise ConfigError(f"--mpp {mpp}: sections are compared at 1 to 64 µm per pixel; give 8 or 16")
+    field, drawing, refused = (out.with_suffix(end) for end in (".field.zarr", ".png", ".refused.png"))
+    for path in (out, field, drawing):
+        if os.path.lexists(path) and not overwrite:
+            raise OutputExistsError(f"{path}: exists; choose another --out, or use --overwrite", path=path)
+    slides = [open_slide(path, mpp=own) for path, own in zip((fixed, moving), mpps, strict=True)]
+    try:
+        sections = [_section(slide, mpp) for slide in slides]
+        fitted = _fitted(slides, sections, None if points is None else Path(points), elastic=elastic)
+        figures = {} if fitted is None else measured(*sections, fitted)
+        missed = ["nothing in the one looks like the other"] if fitted is None else refusals(figures, fitted)
+        if missed:
+            areas = [f"{section.tissue_HW.sum() * mpp**2 * 1e-6:.3g} mm²" for section in sections]
+            missed.append(f"tissue {' and '.join(areas)}")
+        if picture:
+            _write(refused if missed else drawing, draw_registration(*sections, fitted))
+        if missed or fitted is None:
+            raise RegistrationError(
+                f"{fixed} and {moving}: do not register ({'; '.join(missed)}); check that they are sections "
+                f"of one block, neither of them mirrored{f' ({refused})' if picture else ''}, try --mpp 16, or "
+                "give points of another program with --from-valis",
+                path=out,
+            )
+        method = f"{'blocks' if points is None else 'given points'} at {mpp:g} um"
+        about = _about(slides, fitted.transform, figures) | {"method": method}
+    finally:
+        for slide in slides:
+            slide.close()
+    if fitted.transform.field_2HW is not None:
+        about["field"] = field.name
+    _write(field, fitted.transform.field_2HW)
+    _write(out, about)
+    return about
+
+
+def _section(slide: Slide, mpp: float) -> Section:
+    view = SlideView(slide, (mpp, mpp), icc="ignore")
+    height, width = view.size.height, view.size.width
+    strips = [view.read(Region(y, 0, min(_STRIP, height - y), width)) for y in range(0, height, _STRIP)]
+    rgb_HWC = np.concatenate(strips)
+    found = detect_tissue(rgb_HWC, view.mpp, TissueConfig())
+    return Section.of(rgb_HWC, found.tissue.mask_HW, mpp)
+
+
+def _fitted(
+    slides: list[Slide], sections: list[Section], points: Path | None, *, elastic: bool
+) -> Fitted | None:
+    fixed, moving = sections
+    if not (fixed.tissue_HW.any() and moving.tissue_HW.any()):
+        return None
+    if points is None:
+        return register(fixed, moving, elastic=elastic)
+    fixed_N2, moving_N2 = _points(points, slides[0].mpp, slides[1].mpp)
+    transform = SlideTransform(affine_23=fit_affine(fixed_N2, moving_N2))
+    if elastic:
+        rest_N2 = moving_N2 - transform.points(fixed_N2)
+        transform = smooth_field(fixed_N2, rest_N2, transform.affine_23, fixed)
+    return measure(fixed, moving, transform, all_out=True)
+
+
+def _points(path: Path, fixed: Mpp, moving: Mpp) -> tuple[F64, F64]:
+    """Points of a CSV in µm, (y, x), [N, 2] each."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [[float(row[name]) for name in _COLUMNS] for row in csv.DictReader(file)]
+        values = np.array(rows, np.float64).reshape(-1, 4)
+        spread = np.linalg.svd(values[:, :2] - values[:, :2].mean(axis=0), compute_uv=False)
+        if len(values) < _MIN_POINTS or spread[-1] < 1.0:
+            raise ValueError(f"{len(values)} points, at least {_MIN_POINTS} that do not lie on a line needed")
+    except (OSError, ValueError, KeyError, TypeError, csv.Error, np.linalg.LinAlgError) as error:
+        raise ConfigError(
+            f"{path}: holds no points ({error}); give a CSV with the columns {', '.join(_COLUMNS)}, "
+            "in level-0 pixels"
+        ) from error
+    return values[:, :2] * fixed, values[:, 2:] * moving
+
+
+def _about(slides: list[Slide], transform: SlideTransform, figures: dict[str, float]) -> dict[str, Any]:
+    """The content of ``pair.json`` for a transform without a field."""
+    fixed, moving = slides
+    return {
+        "version": PAIR_VERSION,
+        "from": fixed.slide_id,
+        "to": moving.slide_id,
+        "units": "micrometer",
+        "axes": "yx",
+        "affine": transform.affine_23.tolist(),
+        "field": None,
+        "field_um_per_px": transform.field_um_per_px,
+        "landmark_error_um": dict(
+            zip(
+                ("median", "p90", "n"),
+                (figures[name] for name in ("median_um", "p90_um", "tested")),
+                strict=True,
+            )
+        ),
+        "from_identity": fixed.identity,
+        "from_size": [fixed.levels[0].size.height, fixed.levels[0].size.width],
+        "from_mpp": list(fixed.mpp),
+        "to_identity": moving.identity,
+        "to_mpp": list(moving.mpp),
+        "figures": figures,
+        "gates": dict(GATES),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _write(path: Path, content: dict[str, Any] | npt.NDArray[Any] | None) -> None:
+    """A JSON file, a picture, or a field (None: none shall be there), under its name at once."""
+    import zarr
+
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        if isinstance(content, dict):
+            fresh.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        elif path.suffix == ".png":
+            fresh.write_bytes(cv2.imencode(".png", np.asarray(content)[..., ::-1])[1].tobytes())
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+            if content is None:
+                return
+            zarr.save_array(fresh, content)
+        fresh.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})", path=path) from error

@@ -279,13 +279,14 @@ def _pix2pix(checkpoint: Mapping[str, Any], options: Pix2PixOptions, path: Path)
     while is_unet and f"{block}.1.weight" in state:
         widths.append(len(state[f"{block}.1.weight"]))
         block += ".3.model"
+    second = state.get("model.10.conv_block.6.weight")  # where dropout has moved the second convolution to
     network = NetworkConfig(
         family="pix2pix" if is_unet else "resnet",
         base=widths[0],
         mult=tuple(width // widths[0] for width in widths) if is_unet else (1, 2, 4),
         blocks=max(1, sum(key.endswith(".conv_block.1.weight") for key in state)),
         norm="batch" if batch else "instance",
-        dropout=0.5 if "model.10.conv_block.6.bias" in state else 0.0,  # it moves the names after it
+        dropout=0.5 if second is not None and second.dim() == 4 else 0.0,
         tanh=options.tanh,
     )
     channels, tile = state[f"{first}.weight"].shape[1], max(256, network.multiple)

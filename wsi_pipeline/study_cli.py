@@ -85,10 +85,10 @@ def _text(result: StudyResult) -> str:
     for reader in result.readers:
         verdict = "equivalent" if reader.equivalent else "not shown to be equivalent"
         lines += [
-            f"{reader.reader}: judged {reader.accuracy.n}, left out {reader.missing}, {reader.seconds:.1f} s each",
+            f"{reader.reader}: {reader.accuracy.n} judged, {reader.missing} left out",
             f"  accuracy {_figure(reader.accuracy)}, AUC {_figure(reader.auc)}",
             f"  synthetic recognised {_figure(reader.sensitivity)}, real {_figure(reader.specificity)}",
-            f"  {verdict} to chance within {result.margin:g} (TOST p {reader.tost_p:.3g})",
+            f"  {verdict} to chance within {result.margin:g} (TOST p {reader.tost_p:.3g}); {reader.seconds:.0f} s an image",
         ]
     pairs = (f"{pair}: kappa {kappa:.2f}" for pair, kappa in result.kappa.items())
     return "\n".join([*lines, *pairs])

@@ -86,9 +86,9 @@ def _text(result: StudyResult) -> str:
         verdict = "equivalent" if reader.equivalent else "not shown to be equivalent"
         lines += [
             f"{reader.reader}: {reader.accuracy.n} judged, {reader.missing} left out",
-            f"  accuracy {_figure(reader.accuracy)}, AUC {_figure(reader.auc)}",
+            f"  accuracy {_figure(reader.accuracy)}, AUC {_figure(reader.auc)}, {reader.seconds:.0f} s each",
             f"  synthetic recognised {_figure(reader.sensitivity)}, real {_figure(reader.specificity)}",
-            f"  {verdict} to chance within {result.margin:g} (TOST p {reader.tost_p:.3g}); {reader.seconds:.0f} s an image",
+            f"  {verdict} to chance within {result.margin:g} (TOST p {reader.tost_p:.3g})",
         ]
     pairs = (f"{pair}: kappa {kappa:.2f}" for pair, kappa in result.kappa.items())
     return "\n".join([*lines, *pairs])

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from tiny_translators import SIDE, SYSTEMS, TINY, bundle
 
 from wsi_pipeline.config import load_settings
 from wsi_pipeline.core.geometry import Region, TileIndex
 from wsi_pipeline.core.protocols import Tile, TileBatch
 from wsi_pipeline.errors import CheckpointError, ConfigError
 from wsi_pipeline.generators import make_generator
-from wsi_pipeline.models.network_config import NetworkConfig
 from wsi_pipeline.training.config import TrainConfig
 from wsi_pipeline.training.run import train
 from wsi_pipeline.translators.bundle import (
@@ -25,46 +24,11 @@ from wsi_pipeline.translators.bundle import (
     load_translator,
     save_translator,
 )
-from wsi_pipeline.translators.settings import (
-    ConditionConfig,
-    DiffusionConfig,
-    PathConfig,
-    RepresentationConfig,
-    SamplingConfig,
-)
+from wsi_pipeline.translators.settings import ConditionConfig, DiffusionConfig, PathConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SIDE = 32
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-TINY = NetworkConfig(family="unet2d", base=8, mult=(1, 2), blocks=1, groups=4)
-HAAR = RepresentationConfig(kind="haar")
-SYSTEMS = {
-    "i2sb": DiffusionConfig(condition=ConditionConfig(concat=True)),
-    "cwdm": DiffusionConfig(
-        path=PathConfig(kind="vp", prediction="sample"),
-        representation=HAAR,
-        condition=ConditionConfig(concat=True),
-    ),
-}
-
-
-def bundle(folder: Path, system: str) -> Path:
-    """A translator with random weights."""
-    spec = TranslatorSpec(
-        network=TINY
-        if system in SYSTEMS
-        else NetworkConfig(family="pix2pix", base=4, mult=(1,) * 4, groups=2),
-        diffusion=SYSTEMS.get(system),
-        sampling=SamplingConfig(nfe=3),
-        tile=SIDE,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        network = build_translator(spec, None)
-    path = folder / f"{system}.safetensors"
-    save_translator(spec, network.state_dict(), path)
-    return path
 
 
 def tiles(*places: tuple[int, int]) -> TileBatch:

@@ -133,10 +133,10 @@ def _overlap(sides: Sides, config: EvaluateConfig, emit: Emit) -> list[Figure]:
     found, halves = overlap(a, b), _halves(sides[1], config.seed)
     figures = []
     for key, side in (("precision", 0), ("recall", 1), ("density", 0), ("coverage", 1)):
-        note = "no halves to compare with: too few reference tiles"
+        note = "no real halves to compare with: too few tiles"
         if halves is not None:
             real = float(getattr(halves, key).mean())
-            note = f"two halves of the reference, {len(b) // 2} tiles each: {real:.3f}"
+            note = f"real halves: {real:.3f} ({len(b) // 2} tiles each)"
         values_N, groups = getattr(found, key), sides[side].groups or [_FIXED] * sides[side].statistics.n
         figures.append(averaged(key, values_N, groups, draws=config.draws, seed=config.seed, note=note))
     return [figure for figure in figures if figure is not None]

@@ -56,7 +56,12 @@ EXPLAINED: dict[str, Explained] = {
         label="KID, source to reference", better="lower", digits=4, meaning="The same before translation."
     ),
     "precision": Explained(
-        label="Precision", better="higher", meaning="Share of generated tiles that lie where real ones do."
+        label="Precision",
+        better="higher",
+        meaning=(
+            "Share of generated tiles that lie where real ones do. Compare it, as the next three, with one "
+            "half of the reference against the other: that is below 1, too."
+        ),
     ),
     "recall": Explained(
         label="Recall", better="higher", meaning="Share of real tiles that lie where generated ones do."
@@ -146,7 +151,7 @@ EXPLAINED: dict[str, Explained] = {
     "mae": Explained(
         label="Mean error to the true tile",
         better="lower",
-        unit="grey levels",
+        unit="of 255",
         digits=2,
         meaning="Absolute, where the true tile is not black (a registered section ends there).",
     ),
@@ -164,7 +169,8 @@ EXPLAINED: dict[str, Explained] = {
     "equivariance": Explained(
         label="Equivariance error",
         better="lower",
-        unit="grey levels",
+        unit="of 255",
+        digits=2,
         meaning="How much turning or flipping a tile changes its translation; 0: it cannot move tissue.",
     ),
     "translator_shift": Explained(

@@ -31,7 +31,7 @@ Segmenter: TypeAlias = Callable[[U8_HWC], npt.NDArray[Any]]
 """Tile [H, W, 3] uint8 -> class of each pixel [H, W], whole numbers, 0: background."""
 
 _CLASSES = 32
-_TRIED = 16  # source tiles that a translator gets in eight poses
+_TRIED = 8  # source tiles that a translator gets in eight poses
 _STEP = 64  # px; sides of tiles that every translator takes are multiples
 _NO_MPP = (0.5, 0.5)
 

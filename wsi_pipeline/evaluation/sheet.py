@@ -54,7 +54,8 @@ def _figures(draw: ImageDraw.ImageDraw, result: EvaluationResult, y: int) -> int
     for figure in result.figures:
         draw.text((MARGIN, y), figure.explained.label, INK, _font(16))
         draw.text((MARGIN + 340, y), figure.text, ACCENT, _font(16))
-        interval = f"95 %: {figure.interval_text}" if figure.interval_text else figure.note
+        said = [f"95 %: {figure.interval_text}"] if figure.interval_text else []
+        interval = "; ".join([*said, figure.note] if figure.note else said)
         draw.text((MARGIN + 470, y), _fit(interval, _font(15), 270), SOFT, _font(15))
         draw.text((MARGIN + 750, y), f"{figure.explained.better} is better", SOFT, _font(15))
         y += LINE

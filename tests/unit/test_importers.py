@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wsi_pipeline import cli
 from wsi_pipeline.errors import CheckpointError, ConfigError
 from wsi_pipeline.model_api import import_foreign, show_model
 from wsi_pipeline.models.network_config import NetworkConfig
@@ -379,3 +383,35 @@ def test_a_weights_file_of_it_is_whole_and_says_what_it_is(tmp_path: Path) -> No
         import_foreign(tmp_path / "latest_net_G.pth", out, kind="pix2pix")
     with pytest.raises(ConfigError, match="multiple of 16; give 16 or 32"):
         import_foreign(tmp_path / "latest_net_G.pth", tmp_path / "h.safetensors", kind="pix2pix", tile=20)
+
+
+def test_the_command_line_imports_shows_and_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    adm, out = tmp_path / "adm.pt", tmp_path / "adm.safetensors"
+    torch.save(Adm(classes=2).state, adm)
+
+    def run(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["wsi-pipeline", "models", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return int(caught.value.code or 0), *capsys.readouterr()
+
+    begin = ("import", adm, "-o", out, "--kind", "adm")
+    code, shown, notes = run(*begin, "--set", "heads=2", "--set", "classes=[IDH, wild]", "--tile", "32")
+    assert code == 0 and "unet2d" in shown and "vp of 1000 steps" in shown and "IDH, wild" in shown
+    assert "Next: wsi-pipeline sample" in shown and "2 heads" in notes
+    code, shown, _ = run("show", out, "--log-format", "json")
+    facts = json.loads(shown)
+    assert facts["spec"]["network"]["heads"] == 2 and facts["spec"]["classes"] == ["IDH", "wild"]
+    for words, said in (
+        (("--set", "beta_max=1"), "beta_max: no such setting"),
+        (("--set", "heads=many"), "heads"),
+        (("--overwrite", "--tile", "33"), "--tile 33"),
+        ((), "exists"),
+    ):
+        code, _, errors = run(*begin, *words)
+        assert code == 2 and said in errors and len(errors.splitlines()) == 1
+    code, _, errors = run("import", adm, "-o", out, "--set", "heads=2")
+    assert code == 2 and "--kind" in errors

@@ -16,7 +16,6 @@ from __future__ import annotations
 import csv
 import difflib
 import io
-import json
 import math
 import os
 from collections import defaultdict
@@ -34,6 +33,7 @@ from wsi_pipeline.core.geometry import Mpp
 from wsi_pipeline.errors import ConfigError, MissingMppError, WsiPipelineError
 from wsi_pipeline.readers import open_slide
 from wsi_pipeline.readers.mpp import mpp_of_cells
+from wsi_pipeline.readers.warped import load_pair
 
 __all__ = ["Cohort", "CohortSlide", "read_cohort"]
 
@@ -322,11 +322,11 @@ def _strangers(slides: Sequence[tuple[str, CohortSlide]]) -> Iterator[str]:
     for where, slide in slides:
         partner = fixed.get(slide.pair)
         if slide.transform and partner is not None:
-            about = json.loads(Path(slide.transform).read_text(encoding="utf-8"))
-            if about["from_identity"] != partner.identity:
+            pair = load_pair(slide.transform)
+            if pair.identities[0] != partner.identity:
                 yield (
-                    f"{where}: {Path(slide.transform).name} maps from {about['from']}, and its partner is "
-                    f"{partner.name}; register the slides of a pair with each other"
+                    f"{where}: {pair.path.name} maps from {pair.names[0]}, its partner is {partner.name}; "
+                    "register the slides of a pair with each other"
                 )
 
 

@@ -196,9 +196,8 @@ class TileReader:
         tile = self.index.region(row)
         region = tile if crop is None else crop.shifted(tile.y, tile.x)
         slide = self._view(int(self.index.slide_N[row])).slide
-        if isinstance(slide, WarpedSlide):
-            return slide.inside(0, region)
-        return np.ones((region.height, region.width), np.bool_)
+        everything = np.ones((region.height, region.width), np.bool_)
+        return slide.inside(region) if isinstance(slide, WarpedSlide) else everything
 
     def _name(self, number: int, tile: Region) -> str | None:
         """What decides a tile's pixels, as text; None where the file's content is unknown."""
@@ -226,9 +225,7 @@ class TileReader:
                 "make the index again with wsi-pipeline tile",
                 slide_id=slide.slide_id,
             )
-        if entry.lattice is not None:
-            slide = on_lattice(slide, entry.lattice)
-        view = SlideView(slide, entry.lattice, icc=self.index.icc)
+        view = SlideView(on_lattice(slide, entry.lattice), entry.lattice, icc=self.index.icc)
         with self._lock:
             self._open[number] = view
             while len(self._open) > 1 and (len(self._open) > self._limit or self._decoded() > PICTURE_BYTES):

@@ -11,7 +11,8 @@ registration from whoever reads it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -51,11 +52,6 @@ class SlideTransform:
         if not 0 < self.field_um_per_px < np.inf:
             raise ConfigError(f"field_um_per_px: {self.field_um_per_px} is no distance; give it in µm")
 
-    @property
-    def reach_um(self) -> float:
-        """The largest component of the field, µm."""
-        return 0.0 if self.field_2HW is None else float(np.abs(self.field_2HW).max(initial=0.0))
-
     def at(self, y_um: F64, x_um: F64) -> F64:
         """Points on the moving slide, float64 [2, ...], of points on the fixed one (arrays that broadcast).
 
@@ -64,9 +60,9 @@ class SlideTransform:
         a = self.affine_23
         to_2 = np.stack([a[row, 0] * y_um + a[row, 1] * x_um + a[row, 2] for row in (0, 1)])
         if self.field_2HW is not None:
-            nodes = np.stack(np.broadcast_arrays(y_um, x_um)) / self.field_um_per_px - 0.5
+            at = np.stack(np.broadcast_arrays(y_um, x_um)) / self.field_um_per_px - 0.5
             for to, plane_HW in zip(to_2, self.field_2HW, strict=True):
-                to += ndimage.map_coordinates(plane_HW, nodes, np.float64, order=1, mode="nearest")
+                to += ndimage.map_coordinates(plane_HW, at, np.float64, order=1, mode="nearest")
         return np.asarray(to_2, np.float64)
 
     def points(self, points_N2: F64) -> F64:
@@ -75,27 +71,24 @@ class SlideTransform:
 
     def grid(self, region: Region, mpp: Mpp) -> F64:
         """Where the pixel centres of a region of the fixed slide's lattice lie, float64 [2, H, W] in µm."""
-        y_um = (np.arange(region.y, region.bottom) + 0.5) * mpp[0]
-        x_um = (np.arange(region.x, region.right) + 0.5) * mpp[1]
-        return self.at(y_um[:, None], x_um[None, :])
+        y = np.arange(region.y, region.bottom, dtype=np.float64)[:, None]
+        x = np.arange(region.x, region.right, dtype=np.float64)[None, :]
+        return self.at((y + 0.5) * mpp[0], (x + 0.5) * mpp[1])
 
     def then(self, second: SlideTransform) -> SlideTransform:
         """First this, then ``second``; a field is sampled on the nodes of this one's (exact for affine maps).
 
         Raises ConfigError where only ``second`` has a field: give this one a field of zeros.
         """
-        full = np.vstack([self.affine_23, [0.0, 0.0, 1.0]])
-        affine = second.affine_23 @ full
+        step = self.field_um_per_px
+        straight = SlideTransform(affine_23=second.affine_23 @ np.vstack([self.affine_23, [0.0, 0.0, 1.0]]))
+        if self.field_2HW is None and second.field_2HW is not None:
+            raise ConfigError("then: give the first transform a field of zeros, to carry the second's")
         if self.field_2HW is None:
-            if second.field_2HW is not None:
-                raise ConfigError("then: give the first transform a field of zeros, to carry the second's")
-            return SlideTransform(affine_23=affine)
-        step, size = self.field_um_per_px, self.field_2HW.shape[1:]
-        nodes = Region(0, 0, *size)
-        to_2HW = second.at(*self.grid(nodes, (step, step)))
-        straight = SlideTransform(affine_23=affine).grid(nodes, (step, step))
-        field = (to_2HW - straight).astype(np.float32)
-        return SlideTransform(affine_23=affine, field_2HW=field, field_um_per_px=step)
+            return straight
+        nodes = Region(0, 0, *self.field_2HW.shape[1:])
+        field = second.at(*self.grid(nodes, (step, step))) - straight.grid(nodes, (step, step))
+        return replace(straight, field_2HW=field.astype(np.float32), field_um_per_px=step)
 
 
 def fit_affine(from_N2: F64, to_N2: F64) -> F64:
@@ -105,24 +98,17 @@ def fit_affine(from_N2: F64, to_N2: F64) -> F64:
 
 
 def pull_back(
-    pixels: npt.NDArray[np.generic],
-    at_2HW: F64,
-    mpp: Mpp,
-    *,
-    origin: tuple[int, int] = (0, 0),
-    fill: float = 0.0,
-    cubic: bool = True,
-) -> npt.NDArray[np.generic]:
+    pixels: npt.NDArray[Any], at_2HW: F64, mpp: Mpp, *, origin: tuple[int, int] = (0, 0), fill: float = 0.0
+) -> npt.NDArray[Any]:
     """An image ([h, w] or [h, w, C], uint8 or float32, ``mpp`` µm a pixel) at ``at_2HW`` µm; one resampling.
 
     ``origin``: (y, x) of the image's first pixel in the level that it is part of; ``fill``: what is outside.
     Positions are rounded to 1/32 px of the level, then counted from ``origin``, which is exact: so the same
     pixels come out of whichever part of the level was read.
     """
-    maps = []
-    for axis in (1, 0):
-        position = np.rint((at_2HW[axis] / mpp[axis] - 0.5) * _STEPS) / _STEPS - origin[axis]
-        maps.append(position.astype(np.float32))
-    mode = cv2.INTER_CUBIC if cubic else cv2.INTER_LINEAR
-    border = (fill,) * 4
-    return np.asarray(cv2.remap(pixels, *maps, mode, borderMode=cv2.BORDER_CONSTANT, borderValue=border))
+    y_HW, x_HW = (
+        (np.rint((at_2HW[axis] / mpp[axis] - 0.5) * _STEPS) / _STEPS - origin[axis]).astype(np.float32)
+        for axis in (0, 1)
+    )
+    outside = (fill,) * 4
+    return np.asarray(cv2.remap(pixels, x_HW, y_HW, cv2.INTER_CUBIC, None, cv2.BORDER_CONSTANT, outside))

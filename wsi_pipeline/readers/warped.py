@@ -18,7 +18,6 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,86 +32,85 @@ from wsi_pipeline.readers.lattice import SlideView
 __all__ = ["PAIR_VERSION", "SectionPair", "WarpedSlide", "load_pair", "on_lattice"]
 
 PAIR_VERSION = 1
-_SMALLEST = 256
-_STRIP_PIXELS = 4 << 20
-_MARGIN = 2
+_SMALLEST, _STRIP_PIXELS, _MARGIN = 256, 4 << 20, 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SectionPair:
-    """What a ``pair.json`` says that reading needs; ``about``: all of it, as JSON values."""
+    """What a ``pair.json`` says: the transform, the extent and pixel size of the fixed slide, the names and
+    digests (of the content) of both, and the moving slide's pixel size."""
 
-    path: str
+    path: Path
     transform: SlideTransform
+    names: tuple[str, str]
+    identities: tuple[str, str]
     from_size: Size
     from_mpp: Mpp
     to_mpp: Mpp
-    about: dict[str, Any]
 
     @property
     def digest(self) -> str:
         """Of everything that decides a pixel."""
-        t, field = self.transform, self.transform.field_2HW
-        names = [self.about["from_identity"], self.about["to_identity"]]
-        text = repr((names, self.from_size, self.from_mpp, t.affine_23.tolist(), t.field_um_per_px))
-        return hashlib.sha256(text.encode() + (b"" if field is None else field.tobytes())).hexdigest()
+        affine, field = self.transform.affine_23.tolist(), self.transform.field_2HW
+        decides = (self.identities, self.from_size, self.from_mpp, affine, self.transform.field_um_per_px)
+        return hashlib.sha256(
+            repr(decides).encode() + (b"" if field is None else field.tobytes())
+        ).hexdigest()
 
 
 def load_pair(path: str | Path) -> SectionPair:
     """Read a ``pair.json`` and its field; raises ConfigError that names the file and what is wrong."""
     import zarr
 
+    path = Path(path)
     try:
-        about = json.loads(Path(path).read_text(encoding="utf-8"))
-        if about["version"] != PAIR_VERSION or about["units"] != "micrometer" or about["axes"] != "yx":
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if (about["version"], about["units"], about["axes"]) != (PAIR_VERSION, "micrometer", "yx"):
             raise ValueError("it is of another version, or in other units")
-        field = None
-        if about["field"] is not None:
-            if Path(about["field"]).name != about["field"]:
-                raise ValueError("its field does not lie beside it")
-            field = np.asarray(zarr.open_array(Path(path).parent / about["field"], mode="r")[:], np.float32)
-        transform = SlideTransform(
-            affine_23=np.array(about["affine"], np.float64),
-            field_2HW=field,
-            field_um_per_px=float(about["field_um_per_px"]),
+        name, mpps = about["field"], np.array([about["from_mpp"], about["to_mpp"]], np.float64)
+        if name is not None and Path(name).name != name:
+            raise ValueError("its field does not lie beside it")
+        size_2 = np.array(about["from_size"], np.int64)
+        if mpps.shape != (2, 2) or not (mpps > 0).all() or size_2.shape != (2,) or not (size_2 > 0).all():
+            raise ValueError("its extent or pixel sizes are none")
+        return SectionPair(
+            path=path,
+            transform=SlideTransform(
+                affine_23=np.array(about["affine"], np.float64),
+                field_2HW=None
+                if name is None
+                else np.asarray(zarr.open_array(path.parent / name, mode="r")[:]),
+                field_um_per_px=float(about["field_um_per_px"]),
+            ),
+            names=(str(about["from"]), str(about["to"])),
+            identities=(str(about["from_identity"]), str(about["to_identity"])),
+            from_size=Size(*size_2.tolist()),
+            from_mpp=tuple(mpps[0].tolist()),
+            to_mpp=tuple(mpps[1].tolist()),
         )
-        mpps = [(float(y), float(x)) for y, x in (about["from_mpp"], about["to_mpp"])]
-        if not all(math.isfinite(value) and value > 0 for mpp in mpps for value in mpp):
-            raise ValueError("its pixel sizes are none")
-        height, width = about["from_size"]
-        str(about["from_identity"] + about["to_identity"])
-        size = Size(int(height), int(width))
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-        told = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
+        told = f"no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
         raise ConfigError(
-            f"{path}: cannot be read as a transform ({told.partition(chr(10))[0]}); make it again with "
-            "wsi-pipeline register"
+            f"{path}: cannot be read as a transform ({told}); make it again with wsi-pipeline register"
         ) from error
-    return SectionPair(
-        path=str(path), transform=transform, from_size=size, from_mpp=mpps[0], to_mpp=mpps[1], about=about
-    )
 
 
 class WarpedSlide:
     """The moving slide of a pair as if it lay where the fixed one lies; implements ``Slide``.
 
-    Raises ConfigError where the slide is not the one that was registered, or has another pixel size.
+    ``mpp``, ``size``: of its own pixels, None = those of the fixed slide. Raises ConfigError where the slide
+    is not the one that was registered, or has another pixel size.
     """
 
     reader, mpp_origin = "warped", "transform"
 
     def __init__(
-        self, slide: Slide, pair: SectionPair, *, mpp: Mpp | None = None, size: Size | None = None
+        self, slide: Slide, pair: SectionPair, mpp: Mpp | None = None, size: Size | None = None
     ) -> None:
-        if slide.identity != pair.about["to_identity"]:
+        if slide.identity != pair.identities[1] or not np.allclose(slide.mpp, pair.to_mpp, rtol=1e-3):
             raise ConfigError(
-                f"{slide.slide_id}: is not the slide that {pair.path} was made for ({pair.about['to']}); "
-                "register it with wsi-pipeline register"
-            )
-        if not np.allclose(slide.mpp, pair.to_mpp, rtol=1e-3):
-            raise ConfigError(
-                f"{slide.slide_id}: has {slide.mpp[1]:g} µm per pixel here and had {pair.to_mpp[1]:g} in "
-                f"{pair.path}; state the same mpp in both places"
+                f"{slide.slide_id}: is not {pair.names[1]} at {pair.to_mpp[1]:g} µm per pixel, for which "
+                f"{pair.path} was made; register it as it is now with wsi-pipeline register"
             )
         self.slide, self.pair = slide, pair
         self.slide_id, self.icc_profile = slide.slide_id, slide.icc_profile
@@ -132,49 +130,46 @@ class WarpedSlide:
 
     def at(self, mpp: Mpp) -> WarpedSlide:
         """The same slide with the pixels of another lattice as its own."""
-        return WarpedSlide(self.slide, self.pair, mpp=mpp, size=SlideView(self, mpp).size)
+        return WarpedSlide(self.slide, self.pair, mpp, SlideView(self, mpp).size)
 
     def read_level(self, level: int, region: Region) -> U8_HWC:
         """Pixels of a region, [H, W, 3] uint8; white outside the fixed slide and the moving one."""
         pixels_HWC = np.full((region.height, region.width, 3), WHITE, np.uint8)
-        inside = region.intersect(Region.of(self._sizes[level]))
-        if inside is None:
-            return pixels_HWC
-        step = max(_STRIP_PIXELS // inside.width, 1)
+        inside = region.intersect(Region.of(self._sizes[level])) or Region(0, 0, 0, 0)
+        step = max(_STRIP_PIXELS // max(region.width, 1), 1)
         for y in range(inside.y, inside.bottom, step):
             strip = Region(y, inside.x, min(step, inside.bottom - y), inside.width)
             self._draw(level, strip, pixels_HWC[strip.slices(region)])
         return pixels_HWC
 
     def _draw(self, level: int, region: Region, pixels_HWC: U8_HWC) -> None:
-        mpp = (self.mpp[0] * 2**level, self.mpp[1] * 2**level)
-        at_2HW = self.pair.transform.grid(region, mpp)
-        finer = min(wanted / own for wanted, own in zip(mpp, self.slide.mpp, strict=True))
+        at_2HW = self._grid(level, region)
+        finer = min(self.mpp[axis] * 2**level / self.slide.mpp[axis] for axis in (0, 1))
         halvings = max(math.floor(math.log2(finer) + 0.05), 0)
-        view = SlideView(
-            self.slide, (self.slide.mpp[0] * 2**halvings, self.slide.mpp[1] * 2**halvings), icc="ignore"
-        )
-        low, high = (
-            [int(bound(plane) / mpp_s) for plane, mpp_s in zip(at_2HW, view.mpp, strict=True)]
-            for bound in (np.min, np.max)
-        )
-        touched = Region(low[0], low[1], high[0] - low[0] + 1, high[1] - low[1] + 1).grown(_MARGIN + 1)
-        if touched.intersect(Region.of(view.size)) is not None:
-            origin = (touched.y, touched.x)
-            pixels_HWC[:] = pull_back(view.read(touched), at_2HW, view.mpp, origin=origin, fill=WHITE)
+        mpp = (self.slide.mpp[0] * 2**halvings, self.slide.mpp[1] * 2**halvings)
+        view = SlideView(self.slide, mpp, icc="ignore")
+        low, high = (bound(at_2HW, axis=(1, 2)) // mpp for bound in (np.min, np.max))
+        touched = Region(*low.astype(int).tolist(), *(high - low + 1).astype(int).tolist()).grown(_MARGIN)
+        if touched.intersect(Region.of(view.size)):
+            pixels_HWC[:] = pull_back(
+                view.read(touched), at_2HW, mpp, origin=(touched.y, touched.x), fill=WHITE
+            )
 
-    def inside(self, level: int, region: Region) -> npt.NDArray[np.bool_]:
-        """Which pixels of a region show the moving slide, bool [H, W]; the others are white."""
-        at_2HW = self.pair.transform.grid(region, (self.mpp[0] * 2**level, self.mpp[1] * 2**level))
-        base = self.slide.levels[0].size
-        limit = np.array([base.height * self.slide.mpp[0], base.width * self.slide.mpp[1]])[:, None, None]
-        return np.asarray(((at_2HW >= 0) & (at_2HW < limit)).all(axis=0))
+    def _grid(self, level: int, region: Region) -> npt.NDArray[np.float64]:
+        return self.pair.transform.grid(region, (self.mpp[0] * 2**level, self.mpp[1] * 2**level))
+
+    def inside(self, region: Region) -> npt.NDArray[np.bool_]:
+        """Which pixels of a region of level 0 show the moving slide, bool [H, W]; the others are white."""
+        size = self.slide.levels[0].size
+        limit_2 = np.array([size.height, size.width]) * self.slide.mpp
+        at_2HW = self._grid(0, region)
+        return np.asarray(((at_2HW >= 0) & (at_2HW < limit_2[:, None, None])).all(axis=0))
 
     def close(self) -> None:
         """Close the moving slide."""
         self.slide.close()
 
 
-def on_lattice(slide: Slide, mpp: Mpp) -> Slide:
+def on_lattice(slide: Slide, mpp: Mpp | None) -> Slide:
     """The slide for a view at ``mpp``: one that is read through a transform is drawn on that lattice."""
-    return slide.at(mpp) if isinstance(slide, WarpedSlide) else slide
+    return slide.at(mpp) if isinstance(slide, WarpedSlide) and mpp is not None else slide

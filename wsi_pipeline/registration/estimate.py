@@ -11,8 +11,7 @@ test).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import cv2
 import numpy as np
@@ -23,7 +22,7 @@ from wsi_pipeline.core.protocols import U8_HWC
 from wsi_pipeline.core.stain import F64, estimate_white, optical_density
 from wsi_pipeline.core.transform import SlideTransform, pull_back
 
-__all__ = ["Matches", "Section", "match_blocks", "starts"]
+__all__ = ["BLOCK", "REACH", "Matches", "Section", "make_section", "match_blocks", "plausible", "starts"]
 
 F32_HW: TypeAlias = npt.NDArray[np.float32]
 
@@ -31,101 +30,98 @@ LEVEL_PX = 16.0
 """Sigma of the neighbourhood whose level and spread are taken away."""
 BLOCK, REACH = 32, 16
 """Side of a block, and how far it is looked for, in working pixels."""
-MAX_BLOCKS = 3000
-MIN_NCC = 0.25
-RATIO, MIN_INLIERS, SIFT_PX = 0.85, 8, 8.0
+MAX_BLOCKS, MIN_NCC, RETURN_PX = 3000, 0.25, 1.5
+RATIO, MIN_INLIERS, SIFT_PX, KEYPOINTS = 0.85, 8, 8.0, 8000
 COARSE, ANGLES, COARSE_STARTS = 8, 72, 3
 """Working pixels along a pixel of the rough search, its directions, and how many of its answers are tried."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Section:
-    """A slide at working resolution: ``rgb_HWC`` uint8, tissue bool [H, W], structure float32 [H, W],
-    ``mpp`` µm a pixel on both axes."""
+class Section(NamedTuple):
+    """A slide at ``mpp`` µm a pixel on both axes: ``rgb_HWC`` uint8, tissue bool [H, W], structure [H, W]."""
 
     rgb_HWC: U8_HWC
     tissue_HW: npt.NDArray[np.bool_]
     structure_HW: F32_HW
     mpp: float
 
-    @classmethod
-    def of(cls, rgb_HWC: U8_HWC, tissue_HW: npt.NDArray[np.bool_], mpp: float) -> Section:
-        """Section of a picture and its tissue."""
-        white = estimate_white(rgb_HWC, tissue_HW)
-        density = optical_density(rgb_HWC, white)[..., 0].astype(np.float32)
-        density = cv2.GaussianBlur(np.clip(density, -0.1, 2.0), (0, 0), 1.0)
-        weight = tissue_HW.astype(np.float32)
-        area = _blur(weight) + 1e-3
-        mean = _blur(density * weight) / area
-        spread = np.sqrt(np.maximum(_blur(density * density * weight) / area - mean * mean, 0.0))
-        soft = cv2.GaussianBlur(weight, (0, 0), 2.0)
-        level = np.clip((density - mean) / (spread + 0.03), -3, 3) * soft * weight
-        structure_HW = np.asarray(level, np.float32)
-        return cls(rgb_HWC=rgb_HWC, tissue_HW=tissue_HW, structure_HW=structure_HW, mpp=mpp)
+    @property
+    def frame(self) -> Region:
+        """All of it."""
+        return Region(0, 0, *self.tissue_HW.shape)
+
+    def warped(self, plane: npt.NDArray[Any], at_2HW: F64, *, fill: float = 0.0) -> npt.NDArray[Any]:
+        """One of its pictures at other places (µm)."""
+        return pull_back(plane, at_2HW, (self.mpp, self.mpp), fill=fill)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Matches:
+def make_section(rgb_HWC: U8_HWC, tissue_HW: npt.NDArray[np.bool_], mpp: float) -> Section:
+    """Section of a picture [H, W, 3] uint8 and its tissue."""
+    density_HWC = optical_density(rgb_HWC, estimate_white(rgb_HWC, tissue_HW))
+    red_HW = _blur(np.clip(density_HWC[..., 0], -0.1, 2.0).astype(np.float32), 1.0)
+    weight_HW = tissue_HW.astype(np.float32)
+    area_HW = _blur(weight_HW, LEVEL_PX) + 1e-3
+    mean_HW = _blur(red_HW * weight_HW, LEVEL_PX) / area_HW
+    square_HW = _blur(red_HW * red_HW * weight_HW, LEVEL_PX) / area_HW
+    spread_HW = np.sqrt(np.maximum(square_HW - mean_HW * mean_HW, 0.0)) + 0.03
+    structure_HW = np.clip((red_HW - mean_HW) / spread_HW, -3, 3) * _blur(weight_HW, 2.0) * weight_HW
+    return Section(rgb_HWC, tissue_HW, structure_HW.astype(np.float32), mpp)
+
+
+def _blur(plane_HW: F32_HW, sigma: float) -> F32_HW:
+    return np.asarray(cv2.GaussianBlur(plane_HW, (0, 0), sigma), np.float32)
+
+
+class Matches(NamedTuple):
     """Blocks that were found again: points (y, x) in µm on both slides, [N, 2], and their correlation [N]."""
 
     fixed_N2: F64
     moving_N2: F64
     ncc_N: F64
 
-    def __len__(self) -> int:
-        return len(self.ncc_N)
-
     def take(self, keep_N: npt.NDArray[np.bool_]) -> Matches:
         """Some of them."""
-        return Matches(
-            fixed_N2=self.fixed_N2[keep_N], moving_N2=self.moving_N2[keep_N], ncc_N=self.ncc_N[keep_N]
-        )
+        return Matches(*(values[keep_N] for values in self))
 
     def errors(self, transform: SlideTransform) -> F64:
         """Distance [N] in µm between where a block was found and where the transform puts it."""
         return np.asarray(np.linalg.norm(transform.points(self.fixed_N2) - self.moving_N2, axis=1))
 
 
-def _blur(plane_HW: F32_HW) -> F32_HW:
-    return np.asarray(cv2.GaussianBlur(plane_HW, (0, 0), LEVEL_PX), np.float32)
+def plausible(affine_23: F64) -> bool:
+    """Whether sections of one block may lie like this: no mirror, 0.8 to 1.25 in any direction."""
+    large, small = np.linalg.svd(affine_23[:, :2], compute_uv=False)
+    return bool(np.linalg.det(affine_23[:, :2]) > 0 and large < 1.25 and small > 0.8)
 
 
 def starts(fixed: Section, moving: Section) -> Iterator[SlideTransform]:
     """Rough transforms, the likeliest first: from key points, then from all directions of the tissue."""
-    found = _by_keypoints(fixed, moving)
-    if found is not None:
-        yield found
+    affine = _by_keypoints(fixed, moving)
+    if affine is not None and plausible(affine):
+        yield SlideTransform(affine_23=affine)
     yield from _by_directions(fixed, moving)
 
 
-def _by_keypoints(fixed: Section, moving: Section) -> SlideTransform | None:
-    """Similarity through the key points of both sections; None where too few agree."""
-    sift = cv2.SIFT_create(8000)
+def _by_keypoints(fixed: Section, moving: Section) -> F64 | None:
+    """Similarity [2, 3] through the key points of both sections; None where too few agree."""
     places, descriptors = [], []
     for section in (fixed, moving):
-        grey = np.clip(section.structure_HW * 40 + 128, 0, 255).astype(np.uint8)
-        keys, values = sift.detectAndCompute(grey, section.tissue_HW.astype(np.uint8))
-        if values is None or len(keys) < MIN_INLIERS:
+        grey_HW = np.clip(section.structure_HW * 40 + 128, 0, 255).astype(np.uint8)
+        keys, values = cv2.SIFT.create(KEYPOINTS).detectAndCompute(
+            grey_HW, section.tissue_HW.astype(np.uint8)
+        )
+        if len(keys) < MIN_INLIERS:
             return None
         places.append((np.array([key.pt[::-1] for key in keys]) + 0.5) * section.mpp)
         descriptors.append(values)
-    nearest = cv2.BFMatcher().knnMatch(*descriptors, k=2)
-    pairs = [a for a, *b in nearest if b and a.distance < RATIO * b[0].distance]
-    if len(pairs) < MIN_INLIERS:
+    nearest = cv2.BFMatcher().knnMatch(descriptors[0], descriptors[1], 2)
+    pairs_N2 = np.array([(a.queryIdx, a.trainIdx) for a, b in nearest if a.distance < RATIO * b.distance])
+    if len(pairs_N2) < MIN_INLIERS:
         return None
-    from_N2, to_N2 = places[0][[m.queryIdx for m in pairs]], places[1][[m.trainIdx for m in pairs]]
+    points = [places[side][pairs_N2[:, side]] for side in (0, 1)]
     affine, inlier = cv2.estimateAffinePartial2D(
-        from_N2, to_N2, ransacReprojThreshold=SIFT_PX * fixed.mpp, maxIters=20000, confidence=0.9999
+        points[0], points[1], ransacReprojThreshold=SIFT_PX * fixed.mpp, maxIters=20000, confidence=0.9999
     )
-    return SlideTransform(affine_23=affine) if inlier.sum() >= MIN_INLIERS and plausible(affine) else None
-
-
-def plausible(affine_23: F64 | None) -> bool:
-    """Whether sections of one block may lie like this: no mirror, 0.8 to 1.25 in any direction."""
-    if affine_23 is None:
-        return False
-    large, small = np.linalg.svd(affine_23[:, :2], compute_uv=False)
-    return bool(np.linalg.det(affine_23[:, :2]) > 0 and large < 1.25 and small > 0.8)
+    return affine if affine is not None and inlier.sum() >= MIN_INLIERS else None
 
 
 def _by_directions(fixed: Section, moving: Section) -> Iterator[SlideTransform]:
@@ -135,14 +131,13 @@ def _by_directions(fixed: Section, moving: Section) -> Iterator[SlideTransform]:
     frame = int(np.ceil(np.hypot(*turning.shape)))
     side = cv2.getOptimalDFTSize(frame + max(still.shape))
     spectrum = np.fft.rfft2(still, (side, side))
-    centre = np.array(turning.shape) * step / 2
     answers = []
     for angle in np.arange(ANGLES) * (2 * np.pi / ANGLES):
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        offset = centre - turn @ np.full(2, frame * step / 2)
+        offset = np.array(turning.shape) * step / 2 - turn @ np.full(2, frame * step / 2)
         turned = SlideTransform(affine_23=np.column_stack([turn, offset]))
         laid = pull_back(turning, turned.grid(Region(0, 0, frame, frame), (step, step)), (step, step))
-        energy = float(np.linalg.norm(laid) * np.linalg.norm(still)) or 1.0
+        energy = float(np.linalg.norm(laid)) or 1.0
         peaks = np.fft.irfft2(spectrum * np.conj(np.fft.rfft2(laid, (side, side))), (side, side)) / energy
         place = np.array(np.unravel_index(int(peaks.argmax()), peaks.shape))
         shift = np.where(place < max(still.shape), place, place - side) * step
@@ -153,14 +148,13 @@ def _by_directions(fixed: Section, moving: Section) -> Iterator[SlideTransform]:
 
 def _dense(section: Section, step: float) -> F32_HW:
     """Darkness inside the tissue at ``step`` µm a pixel, 0 .. 1, 0 outside."""
-    height, width = section.tissue_HW.shape
-    size = (max(round(width * section.mpp / step), 8), max(round(height * section.mpp / step), 8))
+    height, width = (max(round(side * section.mpp / step), 8) for side in section.tissue_HW.shape)
     dark_HW = (255.0 - section.rgb_HWC.mean(axis=2, dtype=np.float32)) * section.tissue_HW / 255.0
-    return np.asarray(cv2.resize(dark_HW, size, interpolation=cv2.INTER_AREA), np.float32)
+    return np.asarray(cv2.resize(dark_HW, (width, height), interpolation=cv2.INTER_AREA), np.float32)
 
 
 def match_blocks(
-    fixed: Section, moving: Section, transform: SlideTransform, *, reach: int = REACH
+    fixed: Section, moving: Section, transform: SlideTransform, reach: int = REACH
 ) -> tuple[Matches, int]:
     """Blocks of the fixed section's tissue, found again near where ``transform`` puts them; and their number.
 
@@ -168,40 +162,34 @@ def match_blocks(
     search, and leads back: what was found, searched for in the fixed section, is the block again. None of
     this asks whether the transform is right, so the distances of matches to it are an unbiased measurement.
     """
-    size = Region(0, 0, *fixed.tissue_HW.shape)
-    at_2HW = transform.grid(size, (fixed.mpp, fixed.mpp))
-    warped = pull_back(moving.structure_HW, at_2HW, (moving.mpp, moving.mpp), cubic=False)
-    there = pull_back(moving.tissue_HW.astype(np.float32), at_2HW, (moving.mpp, moving.mpp), cubic=False)
-    full = int(fixed.tissue_HW.sum())
-    stride = max(BLOCK, int(np.sqrt(full / MAX_BLOCKS)))
+    at_2HW = transform.grid(fixed.frame, (fixed.mpp, fixed.mpp))
+    there_HW = moving.warped(moving.tissue_HW.astype(np.float32), at_2HW)
+    warped_HW = moving.warped(moving.structure_HW, at_2HW)
+    stride = max(BLOCK, int(np.sqrt(fixed.tissue_HW.sum() / MAX_BLOCKS)))
     found, blocks = [], 0
-    for y in range(0, size.height - BLOCK + 1, stride):
-        for x in range(0, size.width - BLOCK + 1, stride):
+    for y in range(0, fixed.frame.height - BLOCK + 1, stride):
+        for x in range(0, fixed.frame.width - BLOCK + 1, stride):
             here = np.s_[y : y + BLOCK, x : x + BLOCK]
             if fixed.tissue_HW[here].mean() < 0.7:
                 continue
             blocks += 1
-            if there[here].mean() < 0.5:
+            shift, ncc = _found(fixed.structure_HW, warped_HW, y, x, reach)
+            if shift is None or there_HW[here].mean() < 0.5:
                 continue
-            shift, ncc = _found(fixed.structure_HW, warped, y, x, reach)
-            if shift is None:
-                continue
-            back_y, back_x = (int(round(a + b)) for a, b in zip((y, x), shift, strict=True))
-            back, _ = _found(warped, fixed.structure_HW, back_y, back_x, reach)
-            if back is not None and np.abs(back + (back_y - y, back_x - x)).max() < 1.5:
+            back_y, back_x = round(y + shift[0]), round(x + shift[1])
+            back, _ = _found(warped_HW, fixed.structure_HW, back_y, back_x, reach)
+            if back is not None and np.abs(back + (back_y - y, back_x - x)).max() < RETURN_PX:
                 found.append((y + BLOCK / 2, x + BLOCK / 2, *shift, ncc))
     values = np.array(found, np.float64).reshape(-1, 5)
-    points = values[:, :2] * fixed.mpp
-    return Matches(
-        fixed_N2=points, moving_N2=transform.points(points + values[:, 2:4] * fixed.mpp), ncc_N=values[:, 4]
-    ), blocks
+    points_N2 = values[:, :2] * fixed.mpp
+    return Matches(points_N2, transform.points(points_N2 + values[:, 2:4] * fixed.mpp), values[:, 4]), blocks
 
 
 def _found(pattern_HW: F32_HW, searched_HW: F32_HW, y: int, x: int, reach: int) -> tuple[F64 | None, float]:
     """Shift (y, x) in pixels, to parts of them, at which a block of one image is found in the other."""
     top, left = max(y - reach, 0), max(x - reach, 0)
     area = searched_HW[top : y + BLOCK + reach, left : x + BLOCK + reach]
-    block = pattern_HW[y : y + BLOCK, x : x + BLOCK]
+    block = pattern_HW[max(y, 0) : y + BLOCK, max(x, 0) : x + BLOCK]
     if block.shape != (BLOCK, BLOCK) or min(area.shape) < BLOCK + 2 or block.std() < 1e-3:
         return None, 0.0
     score = cv2.matchTemplate(area, block, cv2.TM_CCOEFF_NORMED)

@@ -12,8 +12,6 @@ from types import MappingProxyType
 
 import numpy as np
 
-from wsi_pipeline.core.geometry import Region
-from wsi_pipeline.core.transform import pull_back
 from wsi_pipeline.registration.estimate import Section, plausible
 from wsi_pipeline.registration.refine import AGREE_PX, Fitted
 
@@ -38,20 +36,19 @@ def measured(fixed: Section, moving: Section, fitted: Fitted) -> dict[str, float
 
     ``tested``: held-out blocks that were found; ``agreeing``: share of them within 3 working pixels;
     ``found``: share of all blocks of tissue that were found; ``overlap``: share of the fixed tissue that
-    lands on moving tissue; ``stretch``: least local change of area (1 = none, below 0 = a fold); ``ncc``: median
-    correlation of the tested blocks; ``median_um``, ``p90_um``: their errors (absent where none was found).
+    lands on moving tissue; ``stretch``: least local change of area (1 = none, below 0 = a fold); ``ncc``:
+    median correlation of the tested blocks; ``median_um``, ``p90_um``: their errors (absent for none).
     """
-    errors_N, size = fitted.tested.errors(fitted.transform), Region(0, 0, *fixed.tissue_HW.shape)
-    at_2HW = fitted.transform.grid(size, (fixed.mpp, fixed.mpp))
-    tissue = moving.tissue_HW.astype(np.float32)
-    landed_HW = pull_back(tissue, at_2HW, (moving.mpp, moving.mpp), cubic=False)[fixed.tissue_HW] > 0.5
+    errors_N = fitted.tested.errors(fitted.transform)
+    at_2HW = fitted.transform.grid(fixed.frame, (fixed.mpp, fixed.mpp))
+    landed_HW = moving.warped(moving.tissue_HW.astype(np.float32), at_2HW) > 0.5
     (yy, yx), (xy, xx) = (np.gradient(plane[::_CELL, ::_CELL], fixed.mpp * _CELL) for plane in at_2HW)
     stretch = (yy * xx - yx * xy)[fixed.tissue_HW[::_CELL, ::_CELL]]
     figures = {
         "tested": len(errors_N),
         "agreeing": (errors_N <= AGREE_PX * fixed.mpp).sum() / max(len(errors_N), 1),
         "found": (len(fitted.used) + len(errors_N)) / max(fitted.blocks, 1),
-        "overlap": landed_HW.mean(),
+        "overlap": landed_HW[fixed.tissue_HW].mean(),
         "stretch": stretch.min(initial=1.0),
     }
     if len(errors_N):

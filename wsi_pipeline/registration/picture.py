@@ -5,10 +5,9 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from wsi_pipeline.core.geometry import Region
 from wsi_pipeline.core.protocols import U8_HWC, WHITE
 from wsi_pipeline.core.stain import F64
-from wsi_pipeline.core.transform import SlideTransform, pull_back
+from wsi_pipeline.core.transform import SlideTransform
 from wsi_pipeline.registration.estimate import Section
 from wsi_pipeline.registration.refine import AGREE_PX, Fitted
 
@@ -25,24 +24,16 @@ def draw_registration(fixed: Section, moving: Section, fitted: Fitted | None) ->
     Such a block is a circle, green where the transform puts it within 3 working pixels of where it was found,
     red where not, with a line from the one to the other, four times as long; a fitted block is a dot.
     """
-    frame = Region(0, 0, *fixed.tissue_HW.shape)
-    laid = []
+    white_HWC, laid = np.full_like(fixed.rgb_HWC, WHITE), []
     for transform in (SlideTransform(affine_23=np.eye(2, 3)), fitted and fitted.transform):
-        at_2HW = transform.grid(frame, (fixed.mpp, fixed.mpp)) if transform else None
-        white = np.full_like(fixed.rgb_HWC, WHITE)
-        mpp = (moving.mpp, moving.mpp)
-        laid.append(white if at_2HW is None else pull_back(moving.rgb_HWC, at_2HW, mpp, fill=WHITE))
-    rows, columns = np.ogrid[: frame.height, : frame.width]
-    odd_HW1 = ((rows // SQUARE + columns // SQUARE) % 2 == 1)[..., None]
+        at_2HW = transform.grid(fixed.frame, (fixed.mpp, fixed.mpp)) if transform else None
+        laid.append(white_HWC if at_2HW is None else moving.warped(moving.rgb_HWC, at_2HW, fill=WHITE))
+    odd_HW1 = (np.indices(fixed.tissue_HW.shape) // SQUARE).sum(axis=0)[..., None] % 2 == 1
     mixed = [np.where(odd_HW1, picture, fixed.rgb_HWC) for picture in laid]
-    places = (
-        np.argwhere(fixed.tissue_HW)
-        if fixed.tissue_HW.any()
-        else np.array([[0, 0], [frame.height - 1, frame.width - 1]])
-    )
+    places = np.argwhere(fixed.tissue_HW if fixed.tissue_HW.any() else ~fixed.tissue_HW)
     top, left = np.maximum(places.min(axis=0) - SQUARE, 0)
     bottom, right = places.max(axis=0) + SQUARE
-    scale = SIDE / max(min(bottom, frame.height) - top, min(right, frame.width) - left)
+    scale = SIDE / max(fixed.tissue_HW[top:bottom, left:right].shape)
     finest = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
     titles = ("fixed", "moving, before", "moving, after", "chequered before", "chequered after", "blocks")
     panels = []

@@ -16,6 +16,7 @@ import csv
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from wsi_pipeline.errors import ConfigError, OutputError, OutputExistsError, Reg
 from wsi_pipeline.readers import open_slide
 from wsi_pipeline.readers.lattice import SlideView
 from wsi_pipeline.readers.warped import PAIR_VERSION
-from wsi_pipeline.registration.estimate import Section
+from wsi_pipeline.registration.estimate import Section, make_section
 from wsi_pipeline.registration.gate import GATES, measured, refusals
 from wsi_pipeline.registration.picture import draw_registration
 from wsi_pipeline.registration.refine import Fitted, measure, register, smooth_field
@@ -75,29 +76,34 @@ def register_slides(
             raise OutputExistsError(f"{path}: exists; choose another --out, or use --overwrite", path=path)
     slides = [open_slide(path, mpp=own) for path, own in zip((fixed, moving), mpps, strict=True)]
     try:
-        sections = [_section(slide, mpp) for slide in slides]
-        fitted = _fitted(slides, sections, None if points is None else Path(points), elastic=elastic)
+        sections = (_section(slides[0], mpp), _section(slides[1], mpp))
+        fitted = None
+        if all(section.tissue_HW.any() for section in sections):
+            given = None if points is None else _points(Path(points), slides[0].mpp, slides[1].mpp)
+            fitted = (
+                register(*sections, elastic=elastic) if given is None else _given(*sections, *given, elastic)
+            )
         figures = {} if fitted is None else measured(*sections, fitted)
-        missed = ["nothing in the one looks like the other"] if fitted is None else refusals(figures, fitted)
-        if missed:
-            areas = [f"{section.tissue_HW.sum() * mpp**2 * 1e-6:.3g} mm²" for section in sections]
-            missed.append(f"tissue {' and '.join(areas)}")
+        missed = refusals(figures, fitted) if fitted else ["nothing in the one looks like the other"]
         if picture:
             _write(refused if missed else drawing, draw_registration(*sections, fitted))
         if missed or fitted is None:
+            areas = (f"{section.tissue_HW.sum() * mpp**2 * 1e-6:.3g} mm²" for section in sections)
             raise RegistrationError(
-                f"{fixed} and {moving}: do not register ({'; '.join(missed)}); check that they are sections "
-                f"of one block, neither of them mirrored{f' ({refused})' if picture else ''}, try --mpp 16, or "
-                "give points of another program with --from-valis",
+                f"{fixed} and {moving}: do not register ({'; '.join(missed)}; tissue {' and '.join(areas)}); "
+                f"check that they are sections of one block, neither of them mirrored"
+                f"{f' ({refused})' if picture else ''}, try --mpp 16, or give points of another program with "
+                "--from-valis",
                 path=out,
             )
-        method = f"{'blocks' if points is None else 'given points'} at {mpp:g} um"
-        about = _about(slides, fitted.transform, figures) | {"method": method}
+        about = _about(slides[0], slides[1], fitted.transform, figures)
     finally:
         for slide in slides:
             slide.close()
-    if fitted.transform.field_2HW is not None:
-        about["field"] = field.name
+    about["method"] = f"{'blocks' if points is None else 'given points'} at {mpp:g} um"
+    about["field"] = None if fitted.transform.field_2HW is None else field.name
+    for stale in (out, refused):
+        stale.unlink(missing_ok=True)  # an old JSON beside a new field would be a lie
     _write(field, fitted.transform.field_2HW)
     _write(out, about)
     return about
@@ -108,24 +114,14 @@ def _section(slide: Slide, mpp: float) -> Section:
     height, width = view.size.height, view.size.width
     strips = [view.read(Region(y, 0, min(_STRIP, height - y), width)) for y in range(0, height, _STRIP)]
     rgb_HWC = np.concatenate(strips)
-    found = detect_tissue(rgb_HWC, view.mpp, TissueConfig())
-    return Section.of(rgb_HWC, found.tissue.mask_HW, mpp)
+    return make_section(rgb_HWC, detect_tissue(rgb_HWC, view.mpp, TissueConfig()).tissue.mask_HW, mpp)
 
 
-def _fitted(
-    slides: list[Slide], sections: list[Section], points: Path | None, *, elastic: bool
-) -> Fitted | None:
-    fixed, moving = sections
-    if not (fixed.tissue_HW.any() and moving.tissue_HW.any()):
-        return None
-    if points is None:
-        return register(fixed, moving, elastic=elastic)
-    fixed_N2, moving_N2 = _points(points, slides[0].mpp, slides[1].mpp)
-    transform = SlideTransform(affine_23=fit_affine(fixed_N2, moving_N2))
-    if elastic:
-        rest_N2 = moving_N2 - transform.points(fixed_N2)
-        transform = smooth_field(fixed_N2, rest_N2, transform.affine_23, fixed)
-    return measure(fixed, moving, transform, all_out=True)
+def _given(fixed: Section, moving: Section, from_N2: F64, to_N2: F64, elastic: bool) -> Fitted:
+    """What points (µm) of another program make, measured on all blocks."""
+    transform = SlideTransform(affine_23=fit_affine(from_N2, to_N2))
+    transform = smooth_field(from_N2, to_N2, transform, fixed) if elastic else transform
+    return measure(fixed, moving, transform, held_out=1.0)
 
 
 def _points(path: Path, fixed: Mpp, moving: Mpp) -> tuple[F64, F64]:
@@ -145,9 +141,12 @@ def _points(path: Path, fixed: Mpp, moving: Mpp) -> tuple[F64, F64]:
     return values[:, :2] * fixed, values[:, 2:] * moving
 
 
-def _about(slides: list[Slide], transform: SlideTransform, figures: dict[str, float]) -> dict[str, Any]:
-    """The content of ``pair.json`` for a transform without a field."""
-    fixed, moving = slides
+def _about(
+    fixed: Slide, moving: Slide, transform: SlideTransform, figures: Mapping[str, float]
+) -> dict[str, Any]:
+    """What ``pair.json`` says of two slides and their transform."""
+    names = {"median": "median_um", "p90": "p90_um", "n": "tested"}
+    size = fixed.levels[0].size
     return {
         "version": PAIR_VERSION,
         "from": fixed.slide_id,
@@ -155,21 +154,14 @@ def _about(slides: list[Slide], transform: SlideTransform, figures: dict[str, fl
         "units": "micrometer",
         "axes": "yx",
         "affine": transform.affine_23.tolist(),
-        "field": None,
         "field_um_per_px": transform.field_um_per_px,
-        "landmark_error_um": dict(
-            zip(
-                ("median", "p90", "n"),
-                (figures[name] for name in ("median_um", "p90_um", "tested")),
-                strict=True,
-            )
-        ),
+        "landmark_error_um": {name: figures[key] for name, key in names.items()},
         "from_identity": fixed.identity,
-        "from_size": [fixed.levels[0].size.height, fixed.levels[0].size.width],
+        "from_size": [size.height, size.width],
         "from_mpp": list(fixed.mpp),
         "to_identity": moving.identity,
         "to_mpp": list(moving.mpp),
-        "figures": figures,
+        "figures": dict(figures),
         "gates": dict(GATES),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }

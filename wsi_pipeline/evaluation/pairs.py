@@ -96,13 +96,13 @@ def to_truth(truth_HWC: U8_HWC, output_HWC: U8_HWC) -> dict[str, float]:
     """How close the output came to the true picture, where that is not black: a registered section ends
     inside its tiles."""
     valid_HW = truth_HWC.max(axis=2) > 0
-    whitened = [np.where(valid_HW[..., None], x, np.uint8(WHITE)) for x in (truth_HWC, output_HWC)]
+    true_HWC, made_HWC = (np.where(valid_HW[..., None], x, WHITE) for x in (truth_HWC, output_HWC))
     return {
         "psnr": psnr(truth_HWC, output_HWC, valid_HW=valid_HW),
         "ssim": ssim(truth_HWC, output_HWC, valid_HW=valid_HW),
         "mae": mae(truth_HWC, output_HWC, valid_HW),
         "nmi": mutual_information(truth_HWC, output_HWC, valid_HW),
-        "true_structure_ssim": compare_structure(*whitened).ssim,
+        "true_structure_ssim": compare_structure(true_HWC, made_HWC).ssim,
     }
 
 

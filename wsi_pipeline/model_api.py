@@ -148,7 +148,7 @@ def import_foreign(
 
     check_target(Path(out), overwrite)
     found = import_translator(checkpoint, kind=kind, options=options)
-    spec = replace(found.spec, mpp=mpp, tile=tile or found.spec.tile)
+    spec = replace(found.spec, mpp=mpp, tile=found.spec.tile if tile is None else tile)
     _check_size(mpp, spec.tile, spec.multiple)
     return ImportResult(facts=save_translator(spec, found.tensors, out, overwrite), notices=found.notices)
 

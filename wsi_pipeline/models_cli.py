@@ -88,8 +88,9 @@ def import_weights(
         if settings:
             raise ConfigError(f"--set {settings[0]}: is for other kinds; name one with --kind")
         prompts: dict[Direction, str] = {"a2b": prompt_a2b, "b2a": prompt_b2a}
+        tile = TILE if tile is None else tile
         result = import_model(
-            checkpoint, out, base=base, mpp=mpp, tile=tile or TILE, prompts=prompts, overwrite=overwrite
+            checkpoint, out, base=base, mpp=mpp, tile=tile, prompts=prompts, overwrite=overwrite
         )
     else:
         from wsi_pipeline.config import load_settings

@@ -51,27 +51,24 @@ class Fitted(NamedTuple):
         return float((self.used.errors(self.transform) <= AGREE_PX * mpp).sum()) / max(self.blocks, 1)
 
 
-def register(fixed: Section, moving: Section, *, elastic: bool) -> Fitted | None:
-    """The best transform of all starts; None where no start leads to any.
+def register(fixed: Section, moving: Section, *, elastic: bool) -> Fitted:
+    """The best transform of all starts, which may be none that serves: ask the gates.
 
     Starts are compared by the blocks that were fitted, so that the held-out ones stay a measurement.
     """
-    best: Fitted | None = None
+    tried: list[Fitted] = []
     for start in starts(fixed, moving):
         transform: SlideTransform | None = start
         for reach in REACHES:
             if transform is not None:
                 transform = _affine(measure(fixed, moving, transform, reach=reach).used, fixed.mpp)
-        if transform is None:
-            continue
-        fitted = measure(fixed, moving, transform)
+        fitted = measure(fixed, moving, transform or start)
         if elastic and fitted.agreeing(fixed.mpp) > HOPELESS:
             fitted = _elastic(fixed, moving, fitted)
-        if best is None or fitted.agreeing(fixed.mpp) > best.agreeing(fixed.mpp):
-            best = fitted
-        if best.agreeing(fixed.mpp) >= GOOD_START:
+        tried.append(fitted)
+        if fitted.agreeing(fixed.mpp) >= GOOD_START:
             break
-    return best
+    return max(tried, key=lambda fitted: fitted.agreeing(fixed.mpp))
 
 
 def measure(

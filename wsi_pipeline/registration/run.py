@@ -84,16 +84,16 @@ def register_slides(
                 register(*sections, elastic=elastic) if given is None else _given(*sections, *given, elastic)
             )
         figures = {} if fitted is None else measured(*sections, fitted)
-        missed = refusals(figures, fitted) if fitted else ["nothing in the one looks like the other"]
+        missed = refusals(figures, fitted) if fitted else ["there is no tissue"]
         if picture:
             _write(refused if missed else drawing, draw_registration(*sections, fitted))
         if missed or fitted is None:
+            look = f" ({refused})" if picture else ""
             areas = (f"{section.tissue_HW.sum() * mpp**2 * 1e-6:.3g} mm²" for section in sections)
             raise RegistrationError(
                 f"{fixed} and {moving}: do not register ({'; '.join(missed)}; tissue {' and '.join(areas)}); "
-                f"check that they are sections of one block, neither of them mirrored"
-                f"{f' ({refused})' if picture else ''}, try --mpp 16, or give points of another program with "
-                "--from-valis",
+                f"check that they are sections of one block, neither of them mirrored{look}, try --mpp 16 "
+                "or give points of another program with --from-valis",
                 path=out,
             )
         about = _about(slides[0], slides[1], fitted.transform, figures)

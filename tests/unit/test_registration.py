@@ -1,0 +1,98 @@
+"""Registration of made sections: what is found, how honest its error is, and what the gates refuse."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from registration_pairs import MPP, known, landmark_errors_px, restained, section, through, tissue
+
+from wsi_pipeline.core.transform import SlideTransform
+from wsi_pipeline.registration.estimate import match_blocks, plausible, starts
+from wsi_pipeline.registration.gate import GATES, measured, refusals
+from wsi_pipeline.registration.refine import measure, register
+
+
+@pytest.fixture(scope="module")
+def pair():  # type: ignore[no-untyped-def]
+    """Fixed and moving section, the truth, and what was found."""
+    moving_HWC = tissue()
+    truth = known(moving_HWC.shape[:2], 25, 0.975, (12, -9), 5)
+    fixed, moving = section(through(moving_HWC, truth)), section(restained(moving_HWC))
+    return fixed, moving, truth, register(fixed, moving, elastic=True)
+
+
+def test_landmarks_are_recovered_across_stains(pair) -> None:  # type: ignore[no-untyped-def]
+    fixed, moving, truth, fitted = pair
+    assert not refusals(measured(fixed, moving, fitted), fitted)
+    errors = landmark_errors_px(fitted.transform, truth, fixed, moving)
+    assert np.median(errors) <= 0.5 and np.quantile(errors, 0.9) <= 1.5
+    straight = replace(fitted.transform, field_2HW=None)  # the field has earned its place
+    assert np.median(landmark_errors_px(straight, truth, fixed, moving)) > 3 * np.median(errors)
+
+
+def test_the_reported_error_is_neither_smaller_nor_much_larger_than_the_true_one(pair) -> None:  # type: ignore[no-untyped-def]
+    fixed, moving, truth, fitted = pair
+    told = measured(fixed, moving, fitted)["median_um"] / MPP
+    true = np.median(landmark_errors_px(fitted.transform, truth, fixed, moving))
+    assert 0.7 * true <= told <= true + 0.5
+
+
+def test_held_out_blocks_share_no_pixel_with_fitted_ones(pair) -> None:  # type: ignore[no-untyped-def]
+    fitted = pair[3]
+    apart = np.abs(fitted.used.fixed_N2[:, None] - fitted.tested.fixed_N2[None]).max(axis=-1)
+    assert apart.min() >= 32 * MPP
+    share = len(fitted.tested.ncc_N) / (len(fitted.tested.ncc_N) + len(fitted.used.ncc_N))
+    assert 0.15 < share < 0.35
+
+
+@pytest.mark.parametrize("wrong", ["half turn", "shift", "mirror"])
+def test_a_wrong_transform_does_not_pass_whoever_made_it(pair, wrong: str) -> None:  # type: ignore[no-untyped-def]
+    fixed, moving, truth, _ = pair
+    middle = np.array(fixed.tissue_HW.shape) * MPP / 2
+    turn = {"half turn": -np.eye(2), "shift": np.eye(2), "mirror": np.diag([1.0, -1.0])}[wrong]
+    offset = middle - turn @ middle + (40 * MPP if wrong == "shift" else 0.0)
+    first = SlideTransform(affine_23=np.column_stack([turn, offset]))
+    bad = first.then(SlideTransform(affine_23=truth.affine_23))
+    fitted = measure(fixed, moving, bad, held_out=1.0)
+    assert refusals(measured(fixed, moving, fitted), fitted)
+
+
+def test_blocks_measure_a_transform_and_do_not_follow_it(pair) -> None:  # type: ignore[no-untyped-def]
+    """Off by 4 px, every match says 4 px: the measurement owes nothing to the transform."""
+    fixed, moving, truth, _ = pair
+    off = replace(truth, affine_23=truth.affine_23 + [[0, 0, 4 * MPP], [0, 0, 0]])
+    matches, blocks = match_blocks(fixed, moving, off)
+    assert len(matches.ncc_N) > 0.7 * blocks
+    assert np.median(matches.errors(off)) / MPP == pytest.approx(4.0, abs=0.2)
+    assert np.median(matches.errors(truth)) / MPP < 0.3
+
+
+def test_a_mirrored_section_is_refused() -> None:
+    moving_HWC = tissue(384, seed=3)
+    fixed, moving = section(moving_HWC), section(np.ascontiguousarray(restained(moving_HWC)[:, ::-1]))
+    fitted = register(fixed, moving, elastic=True)
+    assert fitted is None or refusals(measured(fixed, moving, fitted), fitted)
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 200])
+def test_a_start_is_found_in_every_direction_without_key_points(
+    degrees: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsi_pipeline.registration.estimate._by_keypoints", lambda *_: None)
+    moving_HWC = tissue(384, seed=1)
+    truth = known(moving_HWC.shape[:2], degrees, 1.0, (25, -18), 0)
+    fixed, moving = section(through(moving_HWC, truth)), section(restained(moving_HWC))
+    nearest = min(np.median(landmark_errors_px(s, truth, fixed, moving)) for s in starts(fixed, moving))
+    assert nearest < 12.0  # within the reach of the first round, 40 px
+
+
+def test_gates_and_plausibility_can_both_refuse(pair) -> None:  # type: ignore[no-untyped-def]
+    fixed, moving, _, fitted = pair
+    figures = measured(fixed, moving, fitted)
+    for name, limit in GATES.items():
+        told = refusals(figures | {name: limit * 0.99}, fitted)
+        assert len(told) == 1 and f"{limit:g}" in told[0]
+    for affine in (np.diag([1.0, -1.0, 0])[:2], np.diag([1.4, 1.0, 0])[:2], np.diag([0.7, 0.7, 0])[:2]):
+        assert not plausible(affine)

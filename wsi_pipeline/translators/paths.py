@@ -215,25 +215,21 @@ class VPPath:
         self.betas = betas.clamp(max=0.999)
         self.abar = (1.0 - self.betas).cumprod(0)
         self.reverse = Reverse(self.abar, config.variance)
+        a, s, one = self.abar.sqrt(), (1.0 - self.abar).sqrt(), torch.ones_like(self.abar)
+        # The network returns p x0 + q z; with x_n = a x0 + s z this is solved for x0.
+        p, q = {"epsilon": (0 * one, one), "sample": (one, 0 * one), "v_prediction": (-s, a)}[
+            config.prediction
+        ]
+        self._a, self._s, self._p, self._q, self._det = a, s, p, q, a * q - s * p
 
     def sample(self, n: Step, x0: Tensor, x1: Tensor | None, z: Tensor | None) -> Tensor:
-        return at(self.abar.sqrt(), n, x0) * x0 + at((1.0 - self.abar).sqrt(), n, x0) * self.start(None, z)
+        return at(self._a, n, x0) * x0 + at(self._s, n, x0) * self.start(None, z)
 
     def target(self, n: Step, x_n: Tensor, x0: Tensor, z: Tensor | None) -> Tensor:
-        if self.config.prediction == "sample":
-            return x0
-        noise = self.start(None, z)
-        if self.config.prediction == "epsilon":
-            return noise
-        return at(self.abar.sqrt(), n, x_n) * noise - at((1.0 - self.abar).sqrt(), n, x_n) * x0
+        return at(self._p, n, x_n) * x0 + at(self._q, n, x_n) * self.start(None, z)
 
     def to_x0(self, n: Step, x_n: Tensor, out: Tensor) -> Tensor:
-        if self.config.prediction == "sample":
-            return out
-        if self.config.prediction == "epsilon":
-            ratio = 1.0 / self.abar
-            return at(ratio.sqrt(), n, x_n) * x_n - at((ratio - 1.0).sqrt(), n, x_n) * out
-        return at(self.abar.sqrt(), n, x_n) * x_n - at((1.0 - self.abar).sqrt(), n, x_n) * out
+        return at(self._q / self._det, n, x_n) * x_n - at(self._s / self._det, n, x_n) * out
 
     def snr(self, n: Step) -> Tensor:
         return _pick(self.abar / (1.0 - self.abar), n)
@@ -277,7 +273,7 @@ class VPPath:
             if m < 0:
                 return x0_hat
             if method == "ddim":
-                noise = (x - at(self.abar.sqrt(), n, x) * x0_hat) / at((1.0 - self.abar).sqrt(), n, x)
+                noise = (x - at(self._a, n, x) * x0_hat) / at(self._s, n, x)
                 return self.sample(m, x0_hat, None, noise)
             place = len(kept) - 1 - k
             mean = chain.mean(place, x, x0_hat)

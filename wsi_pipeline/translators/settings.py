@@ -157,6 +157,8 @@ class DiffusionConfig:
                 "(variance 0.49 in place of 1 on a Gaussian pair): a slow regression. Set path.ode=false, or "
                 "condition.concat=false"
             )
+        if not bridge and self.path.variance == "learned_range" and self.representation.kind == "haar":
+            raise ConfigError("path.variance: learned_range counts grey levels; with haar take fixed_large")
 
     @property
     def translates(self) -> bool:

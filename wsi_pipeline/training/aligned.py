@@ -182,7 +182,6 @@ class AlignedObjective:
         by_phi = warps.warp(y, to_phi)
         seen = [phi_back.displacement.detach(), by_phi.image.detach(), by_phi.mask, *made]
         psi, psi_back = self._fields("intra", seen)
-        plain = warps.warp(made, psi_back)
         unturned = warps.compose(back, psi_back)
 
         still, total = Masked(made.image.detach(), made.mask), warps.compose(phi.detach(), psi)
@@ -192,7 +191,7 @@ class AlignedObjective:
             "cross": self._error(by_phi, still),
             "intra": self._error(
                 Masked(by_phi.image.detach(), by_phi.mask),
-                warps.warp(made_turned, unturned) if config.implicit else plain,
+                warps.warp(made_turned, unturned) if config.implicit else warps.warp(made, psi_back),
             ),
             "commutation": self._error(made_turned, warps.warp(made, turn)),
             "rigidity_cross_forward": self._bending(phi),
@@ -208,12 +207,13 @@ class AlignedObjective:
             moved = warps.warp(x, away)
             again = Masked(self._translate(moved.image).float(), moved.mask)
             losses["own"] = self._error(again, warps.warp(made, away))
-        real, fake = by_phi, plain
         if config.common_frame:
             real, fake = (
                 warps.warp(y, warps.compose(to_phi, turn)),
                 warps.warp(made_turned, warps.compose(unturned, turn)),
             )
+        else:
+            real, fake = by_phi, warps.warp(made, psi_back)
         mask = real.mask * fake.mask
         shown = (turned.image, real.image.detach() * mask, fake.image * mask)
         return Aligned(losses, shown, warps.compose(to_phi, psi), made.image)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from wsi_pipeline.errors import ConfigError
-from wsi_pipeline.training.objective import Sample, Update
-from wsi_pipeline.training.pix2pix import Pix2PixConfig, Pix2PixObjective, keyed_dropout
+from wsi_pipeline.training.objective import Sample, Update, keyed_dropout
+from wsi_pipeline.training.pix2pix import Pix2PixConfig, Pix2PixObjective
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

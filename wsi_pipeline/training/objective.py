@@ -14,14 +14,18 @@ The loop (``loop.py``) knows groups, updates and terms, and no name of any metho
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
-__all__ = ["Group", "Objective", "Sample", "Term", "Update"]
+from wsi_pipeline.core.sampling import sample_rng
+
+__all__ = ["Group", "Objective", "Sample", "Term", "Update", "keyed_dropout"]
 
 Group = str
 """Parameters that one optimiser steps: ``generator``, ``discriminator``."""
@@ -78,3 +82,12 @@ class Objective(Protocol):
 
     def updates(self, sample: Sample) -> Iterator[Update]:
         """The updates of one iteration. An update's terms are exhausted before the next is asked for."""
+
+
+@contextmanager
+def keyed_dropout(sample: Sample) -> Iterator[None]:
+    """What torch draws inside belongs to the sample's seed and first number; outside nothing changes."""
+    seed = int(sample_rng(sample.seed, int(sample.numbers[0]), "dropout").integers(2**63))
+    with torch.random.fork_rng(devices=[sample.source.device] if sample.source.is_cuda else []):
+        torch.manual_seed(seed)
+        yield

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wsi_pipeline.core.sampling import sample_rng
 from wsi_pipeline.errors import ConfigError
-from wsi_pipeline.training.objective import Group, Sample, Term, Update
+from wsi_pipeline.training.objective import Group, Sample, Term, Update, keyed_dropout
 from wsi_pipeline.translators.losses import path_loss
 from wsi_pipeline.translators.settings import (
     ConditionConfig,
@@ -94,15 +94,16 @@ class PathObjective:
             raise ConfigError(
                 "data.labels: the objective has classes and the data no labels; name a CSV file"
             )
-        loss, logs = path_loss(
-            self._network,
-            self._parts,
-            self._config.weight,
-            x0=sample.target,
-            source=sample.source if self._network.spec.translates else None,
-            label=sample.label if condition.classes else None,
-            n=n,
-            z=torch.from_numpy(drawn).to(device),
-            drop_B=dropped if condition.drop else None,
-        )
+        with keyed_dropout(sample):
+            loss, logs = path_loss(
+                self._network,
+                self._parts,
+                self._config.weight,
+                x0=sample.target,
+                source=sample.source if self._network.spec.translates else None,
+                label=sample.label if condition.classes else None,
+                n=n,
+                z=torch.from_numpy(drawn).to(device),
+                drop_B=dropped if condition.drop else None,
+            )
         yield Term(loss, logs)

@@ -14,7 +14,6 @@ those of D move three times an iteration, those of G once, as published.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,11 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wsi_pipeline.core.sampling import sample_rng
 from wsi_pipeline.errors import ConfigError
-from wsi_pipeline.training.objective import Group, Sample, Term, Update
+from wsi_pipeline.training.objective import Group, Sample, Term, Update, keyed_dropout
 
-__all__ = ["Pix2PixConfig", "Pix2PixObjective", "keyed_dropout"]
+__all__ = ["Pix2PixConfig", "Pix2PixObjective"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,12 +83,3 @@ class Pix2PixObjective:
         logits = self._judge(torch.cat([sample.source, image], dim=1))
         loss = F.mse_loss if self._config.gan_mode == "lsgan" else F.binary_cross_entropy_with_logits
         return loss(logits, torch.full_like(logits, wanted))
-
-
-@contextmanager
-def keyed_dropout(sample: Sample) -> Iterator[None]:
-    """What torch draws inside belongs to the sample's seed and first number; outside nothing changes."""
-    seed = int(sample_rng(sample.seed, int(sample.numbers[0]), "dropout").integers(2**63))
-    with torch.random.fork_rng(devices=[sample.source.device] if sample.source.is_cuda else []):
-        torch.manual_seed(seed)
-        yield

@@ -93,6 +93,7 @@ class Validation:
         self.target_BHWC = np.stack([target for _, target in pairs])
         self._config = config
         self._paired = paired
+        self._follows = data.pairing != "labelled"  # else nothing of a source can be kept
         self._extractor = extractor
         self._statistics = {
             "a2b": statistics(extractor(self.target_BHWC)),
@@ -109,6 +110,8 @@ class Validation:
             suffix = "" if direction == "a2b" else "_b2a"
             reached = frechet_distance(statistics(self._extractor(made)), self._statistics[direction])
             found[f"fid{suffix}"] = reached
+            if not self._follows:
+                continue
             kept = np.array([compare_structure(a, b).ssim for a, b in zip(given, made, strict=True)])
             kept = kept[np.isfinite(kept)]  # tiles without haematoxylin have no figure
             found[f"structure{suffix}"] = float(kept.mean()) if len(kept) else float("nan")

@@ -47,7 +47,7 @@ def measured(fixed: Section, moving: Section, fitted: Fitted) -> dict[str, float
     figures = {
         "tested": len(errors_N),
         "agreeing": (errors_N <= AGREE_PX * fixed.mpp).sum() / max(len(errors_N), 1),
-        "found": (len(fitted.used) + len(errors_N)) / max(fitted.blocks, 1),
+        "found": (len(fitted.used.ncc_N) + len(errors_N)) / max(fitted.blocks, 1),
         "overlap": landed_HW[fixed.tissue_HW].mean(),
         "stretch": stretch.min(initial=1.0),
     }

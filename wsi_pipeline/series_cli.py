@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -43,7 +43,7 @@ def series(
     named = ["generator.name=translator", f"generator.options.weights='{weights}'"]
     resolved = load_config(config, [*named, *(settings or [])])
     with Console(log_format) as console:
-        option = "run" if stops is None else "stop_after"
+        option: Literal["run", "stop_after"] = "run" if stops is None else "stop_after"
         made = convert_series(
             open_configured(slide, resolved),
             out,

@@ -127,7 +127,7 @@ class Translator:
 
     @property
     def _sampling(self) -> SamplingConfig:
-        given = {"nfe": self.nfe, "method": self.method, "guidance": self.guidance}
+        given: dict[str, Any] = {"nfe": self.nfe, "method": self.method, "guidance": self.guidance}
         return replace(
             self._facts.spec.sampling, **{key: value for key, value in given.items() if value is not None}
         )
@@ -195,7 +195,7 @@ class Translator:
         ):
             known = ", ".join(names) or (f"0 to {classes - 1}" if classes else "none")
             raise ConfigError(f"generator {self.kind}: label={self.label}: choose from {known}")
-        return number  # type: ignore[return-value]
+        return number
 
     def _facts_for_people(self, device: torch.device) -> dict[str, Any]:
         """Everything that decides a pixel, by the names of the options."""

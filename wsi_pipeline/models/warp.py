@@ -227,7 +227,8 @@ def rigidity(displacement: Tensor, config: RigidityConfig, spacing: Sequence[flo
     """
     first, axes = jacobian(displacement, config.first_central, spacing), range(displacement.shape[1])
     bends = [
-        (1.0 if i == j else 2.0) * _difference(first[:, :, i], j, config.second_central).square().sum(1)
+        (1.0 if i == j else 2.0)
+        * _difference(first[:, :, i], j, config.second_central).square().sum(1)
         / (spacing[j] ** 2 if spacing else 1.0)
         for i, j in combinations_with_replacement(axes, 2)
     ]

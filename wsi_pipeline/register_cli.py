@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from wsi_pipeline.convert_cli import LogOpt
 
 __all__ = ["register"]
 
@@ -35,9 +37,7 @@ def register(
     fixed_mpp: Annotated[float | None, typer.Option(help="µm per pixel of FIXED, over the file's.")] = None,
     moving_mpp: Annotated[float | None, typer.Option(help="µm per pixel of MOVING, over the file's.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
-    log_format: Annotated[
-        Literal["text", "json"], typer.Option(help="text, or json for one JSON object a line on stdout.")
-    ] = "text",
+    log_format: LogOpt = "text",
 ) -> None:
     """Find how a section lies to its neighbour; refuse (exit 5) where that cannot be trusted."""
     from wsi_pipeline.console import show_result

@@ -20,6 +20,7 @@ from PIL import Image
 
 from wsi_pipeline.core.geometry import Region
 from wsi_pipeline.core.protocols import U8_HWC, Slide
+from wsi_pipeline.core.transform import SlideTransform
 from wsi_pipeline.errors import (
     ConfigError,
     CorruptRegionError,
@@ -33,6 +34,7 @@ from wsi_pipeline.readers.array import ArraySlide
 from wsi_pipeline.readers.mpp import MppClaim
 from wsi_pipeline.readers.openslide import OpenSlideSlide
 from wsi_pipeline.readers.tiff import TiffSlide
+from wsi_pipeline.readers.warped import SectionPair, WarpedSlide
 
 
 def _beside(name: str) -> ModuleType:
@@ -121,6 +123,30 @@ class TestArraySlide(contract.SlideContract):
     def test_refuses_other_arrays(self, wrong: np.ndarray) -> None:
         with pytest.raises(ValueError, match="uint8"):
             ArraySlide(wrong, mpp=0.5)
+
+
+class TestWarpedSlide(contract.SlideContract):
+    """Through a transform that changes nothing, a slide is what it was: every level is read from its like."""
+
+    def make(self, levels_HWC: Sequence[U8_HWC], folder: Path) -> Slide:
+        slide = ArraySlide(levels_HWC, mpp=(0.25, 0.5))
+        pair = SectionPair(
+            path=folder / "pair.json",
+            transform=SlideTransform(affine_23=np.eye(2, 3)),
+            names=("fixed", "moving"),
+            identities=("0" * 64, slide.identity),
+            from_size=slide.levels[0].size,
+            from_mpp=slide.mpp,
+            to_mpp=slide.mpp,
+        )
+        return WarpedSlide(slide, pair)
+
+    def test_pixels_are_the_levels_pixels(self, slide: Slide, levels_HWC: list[U8_HWC]) -> None:
+        """Up to the last row and column of reduced levels, half of which lie beyond the slide."""
+        for index, expected in enumerate(levels_HWC):
+            region = Region(0, 0, expected.shape[0] - (index > 0), expected.shape[1] - (index > 0))
+            inside = expected[: region.height, : region.width]
+            np.testing.assert_array_equal(slide.read_level(index, region), inside)
 
 
 class TestTiffDeflatePyramid(contract.SlideContract):

@@ -27,7 +27,7 @@ def test_landmarks_are_recovered_across_stains(pair) -> None:  # type: ignore[no
     fixed, moving, truth, fitted = pair
     figures = measured(fixed, moving, fitted)
     assert not refusals(figures, fitted)
-    assert figures["found"] > 0.6 and figures["overlap"] > 0.9 and figures["agreeing"] > 0.9
+    assert figures["placed"] > 0.6 and figures["overlap"] > 0.9 and figures["agreeing"] > 0.9
     errors = landmark_errors_px(fitted.transform, truth, fixed, moving)
     assert np.median(errors) <= 0.5 and np.quantile(errors, 0.9) <= 1.5
     straight = replace(fitted.transform, field_2HW=None)  # the field has earned its place

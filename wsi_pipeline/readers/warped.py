@@ -134,6 +134,8 @@ class WarpedSlide:
 
     def read_level(self, level: int, region: Region) -> U8_HWC:
         """Pixels of a region, [H, W, 3] uint8; white outside the fixed slide and the moving one."""
+        if not 0 <= level < len(self._sizes) or region.height < 0 or region.width < 0:
+            raise ValueError(f"level {level} of {len(self._sizes)}, {region}: no such level or region")
         pixels_HWC = np.full((region.height, region.width, 3), WHITE, np.uint8)
         inside = region.intersect(Region.of(self._sizes[level])) or Region(0, 0, 0, 0)
         step = max(_STRIP_PIXELS // max(region.width, 1), 1)

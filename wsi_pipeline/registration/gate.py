@@ -18,13 +18,13 @@ from wsi_pipeline.registration.refine import AGREE_PX, Fitted
 __all__ = ["GATES", "measured", "refusals"]
 
 GATES: Mapping[str, float] = MappingProxyType(
-    {"tested": 8, "agreeing": 0.6, "found": 0.25, "overlap": 0.25, "stretch": 0.4}
+    {"tested": 8, "agreeing": 0.6, "placed": 0.35, "overlap": 0.25, "stretch": 0.4}
 )
 """Least value of each figure that is gated."""
 WORDS = (
     "held-out blocks found",
     "share in place",
-    "share of tissue found",
+    "share of common tissue found in place",
     "overlap",
     "least stretch of area",
 )
@@ -35,20 +35,24 @@ def measured(fixed: Section, moving: Section, fitted: Fitted) -> dict[str, float
     """The figures of a transform on two sections.
 
     ``tested``: held-out blocks that were found; ``agreeing``: share of them within 3 working pixels;
-    ``found``: share of all blocks of tissue that were found; ``overlap``: share of the fixed tissue that
-    lands on moving tissue; ``stretch``: least local change of area (1 = none, below 0 = a fold); ``ncc``:
-    median correlation of the tested blocks; ``median_um``, ``p90_um``: their errors (absent for none).
+    ``placed``: share of all blocks on common tissue that were found and agree, so that a part that fits does
+    not speak for the rest; ``overlap``: share of the fixed tissue that lands on moving tissue; ``stretch``:
+    least local change of area (1 = none, below 0 = a fold); ``ncc``: median correlation of the tested blocks;
+    ``median_um``, ``p90_um``: their errors (absent for none).
     """
     errors_N = fitted.tested.errors(fitted.transform)
     at_2HW = fitted.transform.grid(fixed.frame, (fixed.mpp, fixed.mpp))
     landed_HW = moving.warped(moving.tissue_HW.astype(np.float32), at_2HW) > 0.5
+    overlap = float(landed_HW[fixed.tissue_HW].mean())
+    agree = int((errors_N <= AGREE_PX * fixed.mpp).sum())
+    placed = fitted.agreeing(fixed.mpp) + agree / max(fitted.blocks, 1)
     (yy, yx), (xy, xx) = (np.gradient(plane[::_CELL, ::_CELL], fixed.mpp * _CELL) for plane in at_2HW)
     stretch = (yy * xx - yx * xy)[fixed.tissue_HW[::_CELL, ::_CELL]]
     figures = {
         "tested": len(errors_N),
-        "agreeing": (errors_N <= AGREE_PX * fixed.mpp).sum() / max(len(errors_N), 1),
-        "found": (len(fitted.used.ncc_N) + len(errors_N)) / max(fitted.blocks, 1),
-        "overlap": landed_HW[fixed.tissue_HW].mean(),
+        "agreeing": agree / max(len(errors_N), 1),
+        "placed": min(placed / max(overlap, 1e-6), 1.0),
+        "overlap": overlap,
         "stretch": stretch.min(initial=1.0),
     }
     if len(errors_N):

@@ -279,6 +279,7 @@ def test_the_eight_elements_are_different() -> None:
     assert torch.equal(both[0], image[0]) and not torch.equal(both[1], image[0])
 
 
+@pytest.mark.slow
 def test_commutation_joins_the_generators_first_update(tiny_bundle: object) -> None:
     """Diffusion-FFPE's network as well, with gradients that add up."""
     network = TurboNetwork(load_bundle(tiny_bundle), trainable="lora")  # type: ignore[arg-type]

@@ -1,10 +1,10 @@
 """Roughly registered pairs: registration takes the blame, the translator keeps its place; L1 alone does not.
 
 The target is the source under a colour map, shifted by 3 px and turned by 5 degrees. Chosen by trial:
-textures of 1.5 and 4 px, networks of three levels with 8 to 16 channels, batches of 3, a peak rate of 5e-3 for
-all of them, falling to 0 over the second half, 120 steps (60 for L1), 3 squarings of exponentials. Finer
-textures (1 and 2 px) need more steps than there is time for, as rho sees no further than they are alike. Seeds 0 to 7
-with 100 steps: off by 0.01 to 0.34 px, and by 0.85 px once; the translator by 0.1 px at most.
+textures of 1.5 and 4 px, networks of three levels with 8 to 16 channels, batches of 3, a peak rate of 5e-3
+for all of them, falling to 0 over the second half, 120 steps (60 for L1), 3 squarings of exponentials. Finer
+textures (1 and 2 px) need more steps than there is time for, as rho sees no further than they are alike.
+Seeds 0 to 7 with 100 steps: off by 0.01 to 0.34 px, and by 0.85 px once; the translator by 0.1 px at most.
 """
 
 from __future__ import annotations

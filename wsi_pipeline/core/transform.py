@@ -17,7 +17,6 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
 from wsi_pipeline.core.geometry import Mpp, Region
 from wsi_pipeline.core.stain import F64
@@ -60,9 +59,14 @@ class SlideTransform:
         a = self.affine_23
         to_2 = np.stack([a[row, 0] * y_um + a[row, 1] * x_um + a[row, 2] for row in (0, 1)])
         if self.field_2HW is not None:
-            at = np.stack(np.broadcast_arrays(y_um, x_um)) / self.field_um_per_px - 0.5
-            for to, plane_HW in zip(to_2, self.field_2HW, strict=True):
-                to += ndimage.map_coordinates(plane_HW, at, np.float64, order=1, mode="nearest")
+            size = self.field_2HW.shape[1:]
+            (top, low, v), (left, right, u) = (
+                _between(um / self.field_um_per_px - 0.5, side)
+                for um, side in zip((y_um, x_um), size, strict=True)
+            )
+            for to, plane in zip(to_2, self.field_2HW, strict=True):
+                to += (plane[top, left] * (1 - u) + plane[top, right] * u) * (1 - v)
+                to += (plane[low, left] * (1 - u) + plane[low, right] * u) * v
         return np.asarray(to_2, np.float64)
 
     def points(self, points_N2: F64) -> F64:
@@ -89,6 +93,13 @@ class SlideTransform:
         nodes = Region(0, 0, *self.field_2HW.shape[1:])
         field = second.at(*self.grid(nodes, (step, step))) - straight.grid(nodes, (step, step))
         return replace(straight, field_2HW=field.astype(np.float32), field_um_per_px=step)
+
+
+def _between(node: F64, side: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], F64]:
+    """The two nodes that a position lies between, clamped to the edge, and the weight of the second."""
+    node = np.clip(node, 0, side - 1)
+    first = node.astype(np.int64)
+    return first, np.minimum(first + 1, side - 1), node - first
 
 
 def fit_affine(from_N2: F64, to_N2: F64) -> F64:

@@ -30,9 +30,9 @@ def tile(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. filters.min_tissue=0.3."),
     ] = None,
-    mpp: Annotated[float | None, typer.Option(help="µm per pixel of the tiles [default: 0.5].")] = None,
+    mpp: Annotated[float | None, typer.Option(help="µm per pixel of the tiles \\[default: 0.5].")] = None,
     side: Annotated[
-        int | None, typer.Option("--tile", help="Side of a tile in pixels [default: 512].")
+        int | None, typer.Option("--tile", help="Side of a tile in pixels \\[default: 512].")
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes.")] = 1,
     overwrite: Annotated[

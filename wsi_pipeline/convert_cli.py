@@ -33,7 +33,7 @@ WeightsOpt = Annotated[
     ),
 ]
 DeviceOpt = Annotated[
-    str | None, typer.Option(help="Of a learned generator: auto, cpu, cuda or cuda:N [default: auto].")
+    str | None, typer.Option(help="Of a learned generator: auto, cpu, cuda or cuda:N \\[default: auto].")
 ]
 VramOpt = Annotated[
     float | None, typer.Option("--max-vram", metavar="GIB", help="GPU memory that its batches may take.")
@@ -57,7 +57,7 @@ OutOpt = Annotated[
 ]
 BackgroundOpt = Annotated[
     Literal["matched", "source", "white"] | None,
-    typer.Option(help="What stands where no tissue is [default: matched]."),
+    typer.Option(help="What stands where no tissue is \\[default: matched]."),
 ]
 WorkersOpt = Annotated[int | None, typer.Option(help="Processes.")]
 OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace a finished output.")]
@@ -70,11 +70,11 @@ SeamsOpt = Annotated[
 MANY = "Many slides"
 FormatOpt = Annotated[
     Literal["zarr", "tiff"] | None,
-    typer.Option("--format", help="Of the outputs [default: zarr].", rich_help_panel=MANY),
+    typer.Option("--format", help="Of the outputs \\[default: zarr].", rich_help_panel=MANY),
 ]
 ExecutorOpt = Annotated[
     Literal["auto", "inline", "processes", "dask"] | None,
-    typer.Option(help="Where slides are converted [default: auto].", rich_help_panel=MANY),
+    typer.Option(help="Where slides are converted \\[default: auto].", rich_help_panel=MANY),
 ]
 SchedulerOpt = Annotated[
     str | None,
@@ -124,7 +124,7 @@ def plan(
     roi: RoiOpt = None,
     mask: MaskOpt = None,
     overlay: Annotated[
-        Path | None, typer.Option(help="PNG to write [default: SLIDE.overlay.png here].")
+        Path | None, typer.Option(help="PNG to write \\[default: SLIDE.overlay.png here].")
     ] = None,
     geojson: Annotated[
         Path | None, typer.Option(help="Also write the tissue as GeoJSON, to correct it by hand.")

@@ -25,7 +25,7 @@ PairedOpt = Annotated[
 ]
 ExtractorOpt = Annotated[
     Literal["tiny", "inception", "inception_spatial", "inception_logits", "timm", "open_clip", "dino"] | None,
-    typer.Option(help="Network of FID and KID [default: inception with --weights, else tiny]."),
+    typer.Option(help="Network of FID and KID \\[default: inception with --weights, else tiny]."),
 ]
 WeightsOpt = Annotated[str | None, typer.Option(help="Its weights file, e.g. inception-2015-12-05.pt.")]
 ModelOpt = Annotated[str | None, typer.Option(help="Its name in timm or open_clip.")]
@@ -33,10 +33,10 @@ TrustOpt = Annotated[
     bool | None,
     typer.Option("--trust-weights", help="Run the code of a TorchScript file that is not the known one."),
 ]
-FidOpt = Annotated[bool | None, typer.Option("--fid/--no-fid", help="Frechet distance [default: yes].")]
-KidOpt = Annotated[bool | None, typer.Option("--kid/--no-kid", help="Kernel distance [default: yes].")]
+FidOpt = Annotated[bool | None, typer.Option("--fid/--no-fid", help="Frechet distance \\[default: yes].")]
+KidOpt = Annotated[bool | None, typer.Option("--kid/--no-kid", help="Kernel distance \\[default: yes].")]
 LpipsOpt = Annotated[
-    str | None, typer.Option(help="VGG16 weights for LPIPS [default: those in torch's cache, if any].")
+    str | None, typer.Option(help="VGG16 weights for LPIPS \\[default: those in torch's cache, if any].")
 ]
 DinoOpt = Annotated[str | None, typer.Option(help="dino_vitbase8_pretrain.pth, for DINO-structure.")]
 TranslatorOpt = Annotated[
@@ -54,15 +54,17 @@ ReportOpt = Annotated[
 StatsOpt = Annotated[
     Path | None, typer.Option(metavar="FILE.npz", help="Keep GENERATED's statistics as a later reference.")
 ]
-SplitOpt = Annotated[str | None, typer.Option(help="Of tile indices: train, val or test [default: all].")]
+SplitOpt = Annotated[str | None, typer.Option(help="Of tile indices: train, val or test \\[default: all].")]
 TileOpt = Annotated[
-    int | None, typer.Option(help="Side in px of tiles that are cut from slides [default: 512].")
+    int | None, typer.Option(help="Side in px of tiles that are cut from slides \\[default: 512].")
 ]
 DrawsOpt = Annotated[
-    int | None, typer.Option(help="Resamples of patients for each interval, 0: none [default: 200].")
+    int | None, typer.Option(help="Resamples of patients for each interval, 0: none \\[default: 200].")
 ]
-SeedOpt = Annotated[int | None, typer.Option(help="Of KID's subsets, resamples, chosen tiles [default: 0].")]
-DeviceOpt = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [default: auto].")]
+SeedOpt = Annotated[
+    int | None, typer.Option(help="Of KID's subsets, resamples, chosen tiles \\[default: 0].")
+]
+DeviceOpt = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N \\[default: auto].")]
 SetOpt = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Another setting, e.g. limit=2000, min_tissue=0.2."),

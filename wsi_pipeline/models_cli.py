@@ -72,7 +72,7 @@ def import_weights(
     tile: Annotated[
         int | None,
         typer.Option(
-            help=f"Side in pixels of the tiles that it was trained on [default: {TILE}, or by --kind]."
+            help=f"Side in pixels of the tiles that it was trained on \\[default: {TILE}, or by --kind]."
         ),
     ] = None,
     prompt_a2b: Annotated[str, typer.Option(help="Caption, fresh-frozen to FFPE.")] = PROMPTS["a2b"],

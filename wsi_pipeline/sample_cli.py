@@ -15,10 +15,10 @@ WeightsOpt = Annotated[Path, typer.Option(help="Weights of a translator that tak
 OutOpt = Annotated[Path, typer.Option("--out", "-o", help="A new folder; with --source the file to write.")]
 LabelOpt = Annotated[list[str] | None, typer.Option(help="Class, by name or number; several take turns.")]
 SourceOpt = Annotated[list[Path] | None, typer.Option(help="Volume to translate (.nii.gz, .ome.zarr).")]
-GuidanceOpt = Annotated[float | None, typer.Option(help="Weight of the class [default: of the weights].")]
-NfeOpt = Annotated[int | None, typer.Option(min=1, help="Calls of the network [default: of the weights].")]
-DepthOpt = Annotated[int | None, typer.Option(min=1, help="Planes of a drawn volume [default: as wide].")]
-UmOpt = Annotated[float | None, typer.Option(help="µm between planes of a drawn volume [default: as x].")]
+GuidanceOpt = Annotated[float | None, typer.Option(help="Weight of the class \\[default: of the weights].")]
+NfeOpt = Annotated[int | None, typer.Option(min=1, help="Calls of the network \\[default: of the weights].")]
+DepthOpt = Annotated[int | None, typer.Option(min=1, help="Planes of a drawn volume \\[default: as wide].")]
+UmOpt = Annotated[float | None, typer.Option(help="µm between planes of a drawn volume \\[default: as x].")]
 
 
 def sample(

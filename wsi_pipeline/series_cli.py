@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from wsi_pipeline.convert_cli import ConfigOpt, LogOpt, SetOpt
+from wsi_pipeline.convert_cli import ConfigOpt, LogOpt, MaskOpt, MppOpt, RestartOpt, RoiOpt, SetOpt
 
 __all__ = ["series"]
 
@@ -22,13 +22,17 @@ def series(
     runs: Annotated[
         int | None, typer.Option(help="Draw so often, with a label of the spread at each pixel.")
     ] = None,
+    mpp: MppOpt = None,
+    roi: RoiOpt = None,
+    mask: MaskOpt = None,
     config: ConfigOpt = None,
     settings: SetOpt = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    restart: RestartOpt = False,
     log_format: LogOpt = "text",
 ) -> None:
     """Convert one slide several times: the way from one stain to the other, or how sure the translator is."""
-    from wsi_pipeline.config import load_config
+    from wsi_pipeline.config import load_run_config
     from wsi_pipeline.console import Console
     from wsi_pipeline.errors import ConfigError
     from wsi_pipeline.pipeline.planning import open_configured
@@ -40,8 +44,10 @@ def series(
         values = list(range(runs)) if stops is None else [int(part) for part in stops.split(",")]  # type: ignore[arg-type]
     except ValueError as error:
         raise ConfigError(f"--stops {stops}: give numbers of steps with commas, e.g. 0,2,5") from error
-    named = ["generator.name=translator", f"generator.options.weights='{weights}'"]
-    resolved = load_config(config, [*named, *(settings or [])])
+    named = {"input.mpp": mpp, "input.roi": roi, "input.mask": mask, "generator.name": "translator"}
+    given = {key: value for key, value in named.items() if value is not None}
+    given |= {"generator.options.weights": str(weights)}
+    resolved = load_run_config(config, settings or [], given).conversion
     with Console(log_format) as console:
         option: Literal["run", "stop_after"] = "run" if stops is None else "stop_after"
         made = convert_series(
@@ -51,6 +57,7 @@ def series(
             option,
             values,
             overwrite=overwrite,
+            restart=restart,
             emit=console.emit,
         )
         status = "no_tissue" if made is None else "converted"

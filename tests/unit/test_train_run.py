@@ -459,3 +459,29 @@ def _no_state_is_left() -> Iterator[None]:
     before = torch.get_rng_state()
     yield
     assert torch.equal(torch.get_rng_state(), before), "training draws from no global generator"
+
+
+def test_an_interrupt_cuts_validation_short_and_the_next_run_makes_it_good(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a sampler of many steps, which would validate for minutes after a scheduler's warning."""
+    module.train(config, tmp_path / "whole")
+    calls = [0]
+
+    def translate(self: Net, image: Tensor, direction: str, number: int) -> Tensor:
+        calls[0] += 1
+        if calls[0] == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return self(image, direction)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Net, "translate", translate)
+        module.train(config, tmp_path / "cut")
+    assert calls[0] == 1
+    assert not any(entry["kind"] == "validation" for entry in log_of(tmp_path / "cut"))
+    module.train(config, tmp_path / "cut")
+    whole, cut = results(tmp_path / "whole"), results(tmp_path / "cut")
+    # Checkpoints of the interruption are one more; all that a run leaves behind in the end is equal.
+    assert {k: v for k, v in cut.items() if "checkpoints" not in k} == {
+        k: v for k, v in whole.items() if "checkpoints" not in k
+    }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_translators import SIDE, SYSTEMS, TINY, bundle
 
 from wsi_pipeline.config import load_settings
@@ -18,6 +21,7 @@ from wsi_pipeline.generators import make_generator
 from wsi_pipeline.training.config import TrainConfig
 from wsi_pipeline.training.run import train
 from wsi_pipeline.translators.bundle import (
+    KEY,
     TranslatorSpec,
     build_translator,
     is_translator,
@@ -109,6 +113,63 @@ def test_a_weights_file_is_whole_or_refused(tmp_path: Path, tiny_bundle: Path) -
         load_translator(path)
     with pytest.raises(CheckpointError, match="do not fit the network"):
         build_translator(replace(facts.spec, network=replace(TINY, base=16)), tensors)
+
+
+def edited(path: Path, change: dict[str, object]) -> Path:
+    """A copy of a weights file with other metadata."""
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata())
+    document = json.loads(metadata[KEY])
+    document["spec"] |= change
+    out = path.with_name("edited.safetensors")
+    save_file(load_file(path), out, metadata | {KEY: json.dumps(document)})
+    return out
+
+
+def test_an_edited_file_is_another_translator(tmp_path: Path) -> None:
+    path = bundle(tmp_path, "pix2pix")
+    other = edited(path, {"value_range": [-2.0, 2.0]})
+    assert load_translator(path)[0].identity != load_translator(other)[0].identity
+    digests = {make_generator("translator", {"weights": weights}).spec.digest for weights in (path, other)}
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"value_range": [0, 0]},
+        {"value_range": [1, -1]},
+        {"mpp": float("nan")},
+        {"mpp": 0},
+        {"tile": 10**9},
+        {"channels": 5},
+        {"network": {"family": "pix2pix", "base": 10**9}},
+        {"network": {"family": "pix2pix", "blocks": 10**7}},
+        {"network": {"family": "unknown"}},
+    ],
+    ids=str,
+)
+def test_metadata_that_cannot_be_are_one_clear_error(change: dict[str, object], tmp_path: Path) -> None:
+    path = edited(bundle(tmp_path, "pix2pix"), change)
+    with pytest.raises((CheckpointError, ConfigError)):
+        facts, tensors = load_translator(path)
+        make_generator("translator", {"weights": path})
+        build_translator(facts.spec, tensors)
+
+
+def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+    facts, tensors = load_translator(bundle(tmp_path, "pix2pix"))
+    name = next(iter(tensors))
+    save_translator(facts.spec, tensors | {name: tensors[name] * np.inf}, tmp_path / "inf.safetensors")
+    with pytest.raises(CheckpointError, match="values that are not numbers"):
+        load_translator(tmp_path / "inf.safetensors")
+
+
+def test_tiles_of_a_network_as_large_as_they_are_overlap_all_the_same(tmp_path: Path) -> None:
+    """U-Net-256 takes 256 px at once: neighbours have to overlap at places that it does not divide."""
+    spec = make_generator("translator", {"weights": bundle(tmp_path, "pix2pix", tile=16)}).spec
+    assert spec.overlap > 0
+    assert (spec.tile - 2 * spec.halo - spec.overlap) % spec.align == 0
 
 
 # One training run of each system; what they learn is measured in tests/e2e/test_translators_learn.py.

@@ -110,8 +110,9 @@ def _complete(origin: Path, slides: list[CohortSlide], config: SplitConfig) -> C
     notices = []
     alone = [slide.name for slide in slides if not slide.patient]
     if alone:
-        slides = [slide if slide.patient else replace(slide, patient=slide.name) for slide in slides]
-        notices.append(f"{len(alone)} slides state no patient: each counts as a patient of its own")
+        # Sections of a pair are of one patient; else a pair could be torn over the splits.
+        slides = [s if s.patient else replace(s, patient=s.pair or s.name) for s in slides]
+        notices.append(f"{len(alone)} slides state no patient: each (or each pair) counts as one")
     if not slides[0].split:
         slides = [replace(slide, split=draw_split(slide.patient, config)) for slide in slides]
         patients = defaultdict(set)

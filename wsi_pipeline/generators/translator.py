@@ -98,9 +98,9 @@ class Translator:
             raise ConfigError(f"{self.weights}: is made for volumes; use `wsi-pipeline sample --source`")
         if spec.diffusion is not None:
             spec.diffusion.check_translates(str(self.weights))
-        for name, side in (("tile", self.side), ("halo", self.border)):
-            if side % spec.multiple:
-                raise ConfigError(f"{where}: {name}={side}: must be a multiple of {spec.multiple}")
+        for name, side, unit in (("tile", self.side, spec.multiple), ("halo", self.border, spec.alignment)):
+            if side % unit:
+                raise ConfigError(f"{where}: {name}={side}: must be a multiple of {unit}")
         if self.side < 16 or not 0 <= 2 * self.border < self.side:
             raise ConfigError(f"{where}: tile={self.side}, halo={self.border}: leave nothing to write")
         if self.run < 0 or self._sampling.nfe >= RUNS:
@@ -122,8 +122,8 @@ class Translator:
     @property
     def border(self) -> int:
         """The halo: a sixteenth of the tile unless another is given."""
-        multiple = self._facts.spec.multiple
-        return self.side // 16 // multiple * multiple if self.halo is None else self.halo
+        unit = self._facts.spec.alignment
+        return self.side // 16 // unit * unit if self.halo is None else self.halo
 
     @property
     def _sampling(self) -> SamplingConfig:
@@ -135,23 +135,24 @@ class Translator:
     @property
     def spec(self) -> GeneratorSpec:
         device = choose_device(self.device)
-        multiple, mpp = self._facts.spec.multiple, self.mpp or self._facts.spec.mpp
+        mpp, written = self.mpp or self._facts.spec.mpp, self.side - 2 * self.border
+        # Strides that networks halve without a rest, as far as tiles then still overlap by a fifth.
+        unit = max(self._facts.spec.alignment, min(self._facts.spec.multiple, self.side // 8))
         wish = {"kind": self.kind, "version": VERSION, "tile": self.side, **self._facts_for_people(device)}
-        written = self.side - 2 * self.border
-        overlap = written - max(multiple, written * 4 // 5 // multiple * multiple)
+        overlap = written - written * 4 // 5 // unit * unit
         dtype = choose_dtype(self.dtype, device)
         tile_bytes = self.side**2 * BYTES_A_PIXEL * dtype.itemsize
         return GeneratorSpec(
             kind=self.kind,
             tile=self.side,
             halo=self.border,
-            align=multiple,
+            align=unit,
             mpp=(mpp, mpp),
             batch=self.batch or batch_for(device, self._facts.size_bytes, tile_bytes, self.max_vram),
             digest=hashlib.sha256(json.dumps(wish, sort_keys=True).encode()).hexdigest(),
             exact=device.type == "cpu",
             stain="any",
-            overlap=max(0, overlap),
+            overlap=overlap,
         )
 
     def prepare(self, thumbnail_HWC: U8_HWC, tissue_HW: npt.NDArray[np.bool_], mpp: Mpp) -> Context:
@@ -243,7 +244,7 @@ def _runner(owner: Translator, identity: str, device: torch.device, batch: int, 
             made = network(image)
         else:
             made = _drawn(owner, network, owner._facts.spec.diffusion, image, corners_B2, key)
-        if made.isnan().any():
+        if not made.isfinite().all():
             raise GeneratorError(
                 f"{owner.weights}: makes values that are not numbers; its weights are damaged"
             )

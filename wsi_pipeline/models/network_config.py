@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -48,13 +49,25 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         numbers = (self.base, self.blocks, self.head_width, self.groups, *self.mult)
-        if not self.mult or min(numbers) < 1 or not 0.0 <= self.dropout < 1.0:
+        too_large = max(numbers, default=1) > 2**14 or self.blocks * len(self.mult) > 256
+        if not self.mult or min(numbers) < 1 or too_large or not 0.0 <= self.dropout < 1.0:
             raise ConfigError(
-                "network: base, mult, blocks, head_width and groups are 1 or more, dropout in [0, 1)"
+                "network: base, mult, blocks, head_width and groups are 1 or more (and no millions), dropout "
+                "in [0, 1)"
             )
         if any(not 0 <= level < len(self.mult) for level in self.attention):
             raise ConfigError(
                 f"network.attention: {list(self.attention)} names levels 0 to {len(self.mult) - 1}"
+            )
+        widths = [self.base * multiple for multiple in self.mult]
+        if self.is_denoiser and (fitting := math.gcd(self.groups, *widths)) != self.groups:
+            raise ConfigError(
+                f"network.groups: {self.groups} do not divide channels {widths}; give {fitting}"
+            )
+        heads = [widths[level] for level in self.attention if not self.heads]
+        if self.family == "unet2d" and (fitting := math.gcd(self.head_width, *heads)) != self.head_width:
+            raise ConfigError(
+                f"network.head_width: {self.head_width} does not divide {heads}; give {fitting}"
             )
 
     @property

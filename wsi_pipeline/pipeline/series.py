@@ -18,12 +18,13 @@ import numpy as np
 
 from wsi_pipeline.core.protocols import Slide
 from wsi_pipeline.errors import ConfigError
+from wsi_pipeline.generators import make_generator
 from wsi_pipeline.pipeline.convert import convert_slide
 from wsi_pipeline.pipeline.events import Emit, ignore
 from wsi_pipeline.pipeline.outputs import sidecar
 from wsi_pipeline.pipeline.settings import ConvertConfig
 from wsi_pipeline.writers.manifest import MANIFEST, read_manifest
-from wsi_pipeline.writers.stack import SHARD, open_stack, publish_stack, stack_array
+from wsi_pipeline.writers.stack import SHARD, check_stack, open_stack, publish_stack, stack_array
 
 __all__ = ["convert_series"]
 
@@ -36,26 +37,28 @@ def convert_series(
     values: Sequence[int],
     *,
     overwrite: bool = False,
+    restart: bool = False,
     emit: Emit = ignore,
 ) -> Path | None:
     """Convert ``slide`` once for each value of the generator's ``option``, and stack the results along t.
 
-    None where the slide has no tissue. Raises as ``convert_slide``, and ConfigError for fewer than two values
-    or a name that does not end in .ome.zarr.
-    """
+    ``restart`` throws members of an interrupted series away. None where the slide has no tissue. Raises as
+    ``convert_slide``, and ConfigError for fewer than two values or a name that does not end in .ome.zarr."""
     if len(values) < 2 or len(set(values)) < len(values) or not out.name.endswith(".ome.zarr"):
         raise ConfigError(f"{out}: a series has two different values or more, and a name ending in .ome.zarr")
-    partial, work = open_stack(out, overwrite), sidecar(out, ".members")
-    members = []
-    for value in values:
-        generator = replace(config.generator, options={**config.generator.options, option: value})
+    check_stack(out, overwrite)
+    work, members = sidecar(out, ".members"), []
+    chosen = [_member(config, option, value) for value in values]
+    for each in chosen:  # what cannot be made is told before the first is
+        make_generator(each.generator.name, each.generator.options)
+    if restart:
+        shutil.rmtree(work, ignore_errors=True)
+    for value, each in zip(values, chosen, strict=True):
         member = work / f"{option}-{value}.ome.zarr"
-        chosen = replace(config, generator=generator, output=replace(config.output, qc=False))
-        done = convert_slide(slide, member, chosen, shared=True, emit=emit)
-        if done.path is None:
-            shutil.rmtree(partial)
+        if convert_slide(slide, member, each, shared=True, emit=emit).path is None:
             return None
         members.append(member)
+    partial = open_stack(out, overwrite)
     document = read_manifest(members[0] / MANIFEST)
     levels = _stack(members, partial, spread=option == "run")
     mpp = document["slide"]["mpp"]
@@ -70,6 +73,11 @@ def convert_series(
     )
     shutil.rmtree(work)
     return made
+
+
+def _member(config: ConvertConfig, option: str, value: int) -> ConvertConfig:
+    generator = replace(config.generator, options={**config.generator.options, option: value})
+    return replace(config, generator=generator, output=replace(config.output, qc=False))
 
 
 def _kept(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,13 @@ from wsi_pipeline.core.protocols import Slide
 from wsi_pipeline.core.stain import F64
 from wsi_pipeline.core.tissue import TissueConfig, detect_tissue
 from wsi_pipeline.core.transform import SlideTransform, fit_affine
-from wsi_pipeline.errors import ConfigError, OutputError, OutputExistsError, RegistrationError
+from wsi_pipeline.errors import (
+    ConfigError,
+    MissingMppError,
+    OutputError,
+    OutputExistsError,
+    RegistrationError,
+)
 from wsi_pipeline.readers import open_slide
 from wsi_pipeline.readers.lattice import SlideView
 from wsi_pipeline.readers.warped import PAIR_VERSION
@@ -74,7 +80,10 @@ def register_slides(
     for path in (out, field, drawing):
         if os.path.lexists(path) and not overwrite:
             raise OutputExistsError(f"{path}: exists; choose another --out, or use --overwrite", path=path)
-    slides = [open_slide(path, mpp=own) for path, own in zip((fixed, moving), mpps, strict=True)]
+    try:
+        slides = [open_slide(path, mpp=own) for path, own in zip((fixed, moving), mpps, strict=True)]
+    except MissingMppError as error:
+        raise ConfigError(f"{error.args[0].rpartition(';')[0]}; give --fixed-mpp or --moving-mpp") from error
     try:
         sections = (_section(slides[0], mpp), _section(slides[1], mpp))
         fitted = None
@@ -92,8 +101,9 @@ def register_slides(
             areas = (f"{section.tissue_HW.sum() * mpp**2 * 1e-6:.3g} mm²" for section in sections)
             raise RegistrationError(
                 f"{fixed} and {moving}: do not register ({'; '.join(missed)}; tissue {' and '.join(areas)}); "
-                f"check that they are sections of one block, neither of them mirrored{look}, try --mpp 16 "
-                "or give points of another program with --from-valis",
+                f"check that they are sections of one block, neither of them mirrored{look}, try "
+                f"--mpp {mpp / 2:g} (small pieces) or {mpp * 2:g} (pale ones), or give points of another "
+                "program with --from-valis",
                 path=out,
             )
         about = _about(slides[0], slides[1], fitted.transform, figures)

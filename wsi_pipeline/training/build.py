@@ -226,7 +226,9 @@ def _objective(config: TrainConfig, network: Any, device: torch.device, seed: in
     if settings.kind == "aligned":
         multiple = 2 ** (len(settings.aligned.networks.fields) - 1)
         if config.data.crop % multiple:
-            raise ConfigError(f"data.crop: {config.data.crop} px is no multiple of {multiple} (registration's)")
+            raise ConfigError(
+                f"data.crop: {config.data.crop} px is no multiple of {multiple} (registration's)"
+            )
         registration, judge = aligned_networks(settings.aligned, seed)
         registration.to(device).train()
         judge = None if judge is None else judge.to(device).train()

@@ -8,17 +8,31 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
 
-__all__ = ["Interrupt", "asking"]
+__all__ = ["CutShort", "Interrupt", "asking"]
+
+_Item = TypeVar("_Item")
+
+
+class CutShort(Exception):
+    """Somebody wants to stop in the middle of something that can be done again."""
 
 
 class Interrupt:
     """``asked``: somebody wants to stop."""
 
     asked = False
+
+    def watching(self, items: Iterable[_Item]) -> Iterator[_Item]:
+        """The items, one by one; raises CutShort once ``asked``."""
+        for item in items:
+            if self.asked:
+                raise CutShort
+            yield item
 
 
 @contextmanager

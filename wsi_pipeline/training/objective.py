@@ -86,7 +86,8 @@ class Objective(Protocol):
 
 @contextmanager
 def keyed_dropout(sample: Sample) -> Iterator[None]:
-    """What torch draws inside belongs to the sample's seed and first number; outside nothing changes."""
+    """What torch draws inside (dropout) belongs to the micro-batch: its seed and first number; outside
+    nothing changes. Cut a batch otherwise, and these draws are others."""
     seed = int(sample_rng(sample.seed, int(sample.numbers[0]), "dropout").integers(2**63))
     with torch.random.fork_rng(devices=[sample.source.device] if sample.source.is_cuda else []):
         torch.manual_seed(seed)

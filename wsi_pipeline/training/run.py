@@ -60,7 +60,7 @@ from wsi_pipeline.training.events import (
     ignore,
 )
 from wsi_pipeline.training.folder import Best, RunFolder
-from wsi_pipeline.training.interrupt import asking
+from wsi_pipeline.training.interrupt import CutShort, Interrupt, asking
 from wsi_pipeline.training.logs import RunLog, save_grid
 from wsi_pipeline.training.loop import Averages, Iteration, make_optimisers
 from wsi_pipeline.training.micro_batches import micro_batches
@@ -131,6 +131,8 @@ class _Run:
         )
         self.log: RunLog | None = None
         self.best: Best | None = None
+        self.interrupt = Interrupt()
+        self.owed = False  # pictures and validation of the newest checkpoint, which an interrupt cut short
         self.quiet = 0  # iterations for which outputs have been like inputs
         self._on_main(lambda: self.folder.check(restart))
         self.first = self.taken = self._resume(restart)
@@ -190,12 +192,14 @@ class _Run:
             ema=self.state.ema,
         )
         averages = Averages()
-        with asking(self.accelerator.num_processes == 1) as interrupt:
+        with asking(self.accelerator.num_processes == 1) as self.interrupt:
+            if self.owed:
+                self._on_main(lambda: self._look(self.first, True))
             for step, batch in enumerate(self.stream, start=self.first):
                 averages.add(iteration.run(step, list(micro_batches(batch, config, self.device))))
-                stops = interrupt.asked  # who asks while things are written waits for one more iteration
+                stops = self.interrupt.asked  # who asks while things are written waits for one more iteration
                 self._after(step + 1, averages, stops)
-                if stops:
+                if stops or self.owed:
                     raise KeyboardInterrupt
 
     def _begin(self) -> None:
@@ -204,25 +208,20 @@ class _Run:
 
     def _after(self, done: int, averages: Averages, stops: bool) -> None:
         """What is due after ``done`` iterations, or because the run ``stops`` after them."""
-        loop, every = self.config.loop, self.config.validation.every
-        last = done == loop.steps
-        validates = every > 0 and (done % every == 0 or last)
+        loop, last = self.config.loop, done == self.config.loop.steps
+        shows, validates = self._due(done)
         saves = done % loop.checkpoint_every == 0 or last or stops
         logs: dict[str, float] = {}
         # Averages end with every iteration that may be saved: a resumed run then averages over the same ones.
         if done % loop.log_every == 0 or validates or saves:
             logs = averages.take(self.accelerator)
         alarm = self._alarm(done, logs)
-        shows = done % loop.sample_every == 0 or last
 
         def write() -> None:
             if self.log is not None and logs:
                 self.log.write(done, "train", logs)
             self.emit(Stepped(step=done, steps=loop.steps, logs=logs))
-            if shows:
-                self._show(done)
-            if (validates and self._validate(done)) or saves:
-                self._save(done)
+            self._look(done, saves)
 
         if logs or shows:
             self._on_main(write)
@@ -230,6 +229,25 @@ class _Run:
             self.emit(Stepped(step=done, steps=loop.steps, logs=logs))
         if alarm:
             self._collapsed(alarm)
+
+    def _due(self, done: int) -> tuple[bool, bool]:
+        """Whether pictures are due after ``done`` iterations, and whether validation is."""
+        everies = self.config.loop.sample_every, self.config.validation.every
+        shows, validates = (e > 0 and (done % e == 0 or done == self.config.loop.steps) for e in everies)
+        return shows, validates
+
+    def _look(self, done: int, saves: bool) -> None:
+        """Pictures and validation, where due, and a checkpoint. A sampler of many steps takes minutes: an
+        interrupt cuts them short, and the next run makes them good."""
+        (shows, validates), self.owed = self._due(done), False
+        try:
+            if shows:
+                self._show(done)
+            saves |= validates and self._validate(done)
+        except CutShort:
+            self.owed = saves = True
+        if saves:
+            self._save(done)
 
     def _show(self, done: int) -> None:
         if self.validation is None:
@@ -256,7 +274,7 @@ class _Run:
         return better
 
     def _save(self, done: int) -> None:
-        notes = {"best": asdict(self.best) if self.best else None, "quiet": self.quiet}
+        notes = {"best": self.best and asdict(self.best), "quiet": self.quiet, "owed": self.owed}
         if self.log is not None:
             self.log.flush()
         saved = save_checkpoint(self.folder.checkpoints, done, self.state, self.folder.fingerprint, notes)
@@ -298,7 +316,7 @@ class _Run:
             images = (from_uint8(torch.from_numpy(p[None]).to(self.device)) for p in pixels_BHWC)
             made = [
                 to_uint8(self.network.translate(image, direction, number), "round")
-                for number, image in enumerate(images)
+                for number, image in enumerate(self.interrupt.watching(images))
             ]
         translated_BHWC: U8_BHWC = torch.cat(made).cpu().numpy()
         return translated_BHWC
@@ -330,7 +348,7 @@ class _Run:
             )
         notes = load_checkpoint(found[agreed[0]], self.state, self.folder.fingerprint)
         self.best = Best(**notes["best"]) if notes.get("best") else None
-        self.quiet = int(notes.get("quiet", 0))
+        self.quiet, self.owed = int(notes.get("quiet", 0)), bool(notes.get("owed", False))
         self._tell_damaged(agreed[0])
         return agreed[0]
 
@@ -361,8 +379,7 @@ class _Run:
         broadcast_object_list(made)
         step, figures = made[0]
         self.emit(Finished(bundle=self.folder.bundle, step=step, figures=figures))
-        facts = load_any_facts(self.folder.bundle)
-        return TrainResult(bundle=facts, step=step, figures=figures)
+        return TrainResult(bundle=load_any_facts(self.folder.bundle), step=step, figures=figures)
 
     def _write_bundle(self) -> tuple[int, dict[str, float]]:
         found = {checkpoint.step: checkpoint for checkpoint in find_checkpoints(self.folder.checkpoints)}

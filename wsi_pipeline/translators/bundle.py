@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,11 @@ class TranslatorSpec:
         if self.network.is_denoiser != (self.diffusion is not None):
             wanted = "unet2d or unet3d" if self.diffusion else "unet, pix2pix or resnet"
             raise ConfigError(f"network.family: {self.network.family} does not fit; choose {wanted}")
+        low, high = self.value_range
+        if not (0.02 <= self.mpp <= 20 and 1 <= self.tile <= 2**15 and -1e4 < low < high < 1e4):
+            raise ConfigError(
+                f"translator: mpp {self.mpp}, tile {self.tile}, values {low} to {high} cannot be"
+            )
         labels = 0 if self.diffusion is None else self.diffusion.condition.classes
         if self.classes and len(self.classes) != labels:
             raise ConfigError(f"classes: {len(self.classes)} names for {labels} classes of the condition")
@@ -77,11 +83,15 @@ class TranslatorSpec:
         return self.diffusion is None or self.diffusion.translates
 
     @property
+    def alignment(self) -> int:
+        """Places of tiles have to be multiples of this, or Haar coefficients differ from tile to tile."""
+        representation = self.diffusion.representation if self.diffusion else None
+        return 2**representation.levels if representation and representation.kind == "haar" else 1
+
+    @property
     def multiple(self) -> int:
         """Sides of a tile have to be multiples of this."""
-        representation = self.diffusion.representation if self.diffusion else None
-        halved = 2**representation.levels if representation and representation.kind == "haar" else 1
-        return halved * self.network.multiple
+        return self.alignment * self.network.multiple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,18 +121,22 @@ def build_translator(spec: TranslatorSpec, tensors: Mapping[str, Tensor] | None,
 
     Raises CheckpointError where the tensors are not those of the network.
     """
+    import torch
+
     from wsi_pipeline.models.networks import build_network
 
     taken, given = network_channels(spec)
     classes = 0 if spec.diffusion is None else spec.diffusion.condition.classes
-    network = build_network(spec.network, in_channels=taken, out_channels=given, classes=classes)
+    made = partial(build_network, spec.network, in_channels=taken, out_channels=given, classes=classes)
     if tensors is not None:
-        try:
-            missing, unexpected = network.load_state_dict(dict(tensors), strict=False)
-        except RuntimeError as error:
-            raise CheckpointError(f"weights do not fit the network ({error}); import them again") from error
-        if lacking := [*(key for key in missing if not key.endswith(LEFT_OUT)), *unexpected]:
-            raise CheckpointError(f"weights do not fit the network ({lacking[0]}); import them again")
+        with torch.device("meta"):  # no memory for a network that the tensors do not fit
+            shapes = {name: tensor.shape for name, tensor in made().state_dict().items()}
+        wanted = {(name, shape) for name, shape in shapes.items() if not name.endswith(LEFT_OUT)}
+        if odd := sorted(wanted ^ {(name, tensor.shape) for name, tensor in _kept(tensors).items()}):
+            raise CheckpointError(f"weights do not fit the network ({odd[0][0]}); import them again")
+    network = made()
+    if tensors is not None:
+        network.load_state_dict(dict(tensors), strict=False)
     return network.to(device).eval()
 
 
@@ -138,16 +152,14 @@ def save_translator(
 
     path = Path(path)
     check_target(path, overwrite)
-    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(LEFT_OUT)}
+    kept = _kept(tensors)
     entries, aliases = stored_once(kept, kept.__getitem__)
     digest = tensors_digest(kept)
-    deciding = json.dumps([asdict(spec) | {"licence": "", "source": ""}, digest], sort_keys=True)
     document = {
         "format": FORMAT,
         "created_by": f"wsi-pipeline {__version__}",
         "spec": asdict(spec),
         "digest": digest,
-        "identity": hashlib.sha256(deciding.encode()).hexdigest(),
         "aliases": aliases,
     }
     notice = f"Makes synthetic images: not for diagnosis. {spec.licence}"
@@ -186,7 +198,19 @@ def load_translator(path: str | Path) -> tuple[TranslatorFacts, dict[str, Tensor
         raise CheckpointError(
             f"{path}: is damaged, its tensors are not those that were written; copy it again"
         )
+    if odd := next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None):
+        raise CheckpointError(f"{path}: {odd} holds values that are not numbers; train or import it again")
     return facts, tensors
+
+
+def _kept(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(LEFT_OUT)}
+
+
+def _identity(spec: TranslatorSpec, digest: str) -> str:
+    """Taken of what is read, so that an edited file is another translator."""
+    deciding = json.dumps([asdict(spec) | {"licence": "", "source": ""}, digest], sort_keys=True)
+    return hashlib.sha256(deciding.encode()).hexdigest()
 
 
 def _read(path: Path) -> tuple[TranslatorFacts, Header, Mapping[str, str]]:
@@ -201,12 +225,13 @@ def _read(path: Path) -> tuple[TranslatorFacts, Header, Mapping[str, str]]:
         document = json.loads(header.metadata[KEY])
         if int(document["format"]) > FORMAT:
             raise CheckpointError(f"{path}: is of a newer format ({document['format']}); update wsi-pipeline")
+        spec = pydantic.TypeAdapter(TranslatorSpec).validate_python(document["spec"])
         facts = TranslatorFacts(
             path=path,
             size_bytes=header.size_bytes,
-            spec=pydantic.TypeAdapter(TranslatorSpec).validate_python(document["spec"]),
+            spec=spec,
             digest=str(document["digest"]),
-            identity=str(document["identity"]),
+            identity=_identity(spec, document["digest"]),
             created_by=str(document["created_by"]),
         )
         return facts, header, dict(document["aliases"])

@@ -48,8 +48,8 @@ class PathConfig:
     parity: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 2 or self.steps % 2:
-            raise ConfigError(f"path.steps: {self.steps} has to be even and 2 or more")
+        if not 2 <= self.steps <= 100_000 or self.steps % 2:
+            raise ConfigError(f"path.steps: {self.steps} has to be even, 2 to 100,000")
         if not 0 < self.beta_min < self.beta_max:
             raise ConfigError(
                 f"path: beta_min {self.beta_min} and beta_max {self.beta_max} have to rise from 0"

@@ -6,6 +6,7 @@ those of the slides (``omezarr``), one plane thick.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,21 +17,38 @@ import numpy as np
 
 from wsi_pipeline.errors import OutputError, OutputExistsError
 
-__all__ = ["open_stack", "publish_stack", "stack_array"]
+__all__ = ["check_stack", "open_stack", "publish_stack", "stack_array"]
 
 CHUNK = 256
 SHARD = 2048
 _TYPES = {"t": "time", "c": "channel", "z": "space", "y": "space", "x": "space"}
 
 
+def check_stack(out: Path, overwrite: bool) -> None:
+    """OutputExistsError where ``out`` is there and must stay: not asked to replace it, or not one of ours."""
+    if os.path.lexists(out) and not (overwrite and _ours(out)):
+        remedy = "choose another name" if overwrite else "choose another name or use --overwrite"
+        raise OutputExistsError(f"{out}: exists already; {remedy}", path=out)
+
+
 def open_stack(out: Path, overwrite: bool) -> Path:
-    """An empty folder aside in which to write; OutputExistsError where ``out`` is there already."""
-    if out.exists() and not overwrite:
-        raise OutputExistsError(f"{out}: exists already; choose another name or use --overwrite", path=out)
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    """An empty folder aside in which to write; raises as ``check_stack``, and OutputError."""
+    check_stack(out, overwrite)
+    partial = out.with_name(f"{out.name}.stack.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"{partial}: cannot be made ({error.strerror})", path=out) from error
     return partial
+
+
+def _ours(out: Path) -> bool:
+    """Whether this program made a folder: what it did not make it does not throw away."""
+    try:
+        return "wsi_pipeline" in json.loads((out / "zarr.json").read_text("utf-8"))["attributes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def stack_array(folder: Path, path: str, axes: str, shape: Sequence[int], dtype: Any = np.uint8) -> Any:

@@ -39,7 +39,7 @@ def write_qc(found: Survey, slide: Slide, output: Slide, store: Path, path: Path
         ("Source", source),
         ("Tissue (green), excluded (other colours)", overlay),
         (f"Output: {found.plan.generator.kind}", _panel(output, mpp, "ignore")),
-        _disagreement(read_label(store, "disagreement"), source.shape),
+        _disagreement(read_label(store, "disagreement"), source.shape, found.plan.grid.overlap),
     ]
     title = (
         f"{found.plan.slide_id}   tissue {found.tissue.tissue.area_mm2:.2f} mm2   "
@@ -88,9 +88,10 @@ def _resize(pixels_HWC: U8_HWC, mpp: Mpp, target: Mpp) -> U8_HWC:
     return np.asarray(Image.fromarray(pixels_HWC).resize((width, height), Image.Resampling.BOX))
 
 
-def _disagreement(disagreement_HW: U8_HW, shape: tuple[int, ...]) -> tuple[str, U8_HWC]:
+def _disagreement(disagreement_HW: U8_HW, shape: tuple[int, ...], overlap: int) -> tuple[str, U8_HWC]:
     largest = int(disagreement_HW.max())
     words = f"at most {largest} grey levels" if largest else "none: tiles agree exactly"
+    words = words if overlap else "not measured: they do not overlap"
     return f"Disagreement of tiles, {words}", _heat(disagreement_HW, shape)
 
 

@@ -18,8 +18,8 @@ from wsi_pipeline.study.statistics import Estimate, auc, equivalence_p, kappa, s
 
 __all__ = ["ReaderFigures", "StudyResult", "analyse", "write_table"]
 
-CODE = re.compile(r"(?=.*[0-9])[A-Z0-9-]{1,12}")
-LIKELY = re.compile(r"[1-5] \d+([.,]\d+)?")
+CODE = re.compile(r"(?=.*[0-9])[A-Z][A-Z0-9-]{0,11}")
+LIKELY = re.compile(r"[1-5] \d{1,7}([.,]\d{1,6})?")
 """Confidence and seconds; some spreadsheets write a comma."""
 SIGN = {"real": -1, "synthetic": 1}
 COLUMNS = {"study", "reader", "id", "answer", "confidence", "seconds"}
@@ -65,7 +65,7 @@ def analyse(key: Path, answers: Sequence[Path], *, margin: float = 0.1, alpha: f
         facts = json.loads(key.read_text("utf-8"))
         truth = {name: SIGN[tile["truth"]] for name, tile in facts["tiles"].items()}
         study = {KEY_KIND: facts["study"]}[facts["kind"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{key}: cannot be read as a study's key ({error}); give NAME.key.json") from error
     found: dict[str, dict[str, tuple[int, float]]] = defaultdict(dict)
     for path in answers:
@@ -111,7 +111,11 @@ def _read_answers(
     rows = csv.DictReader(lines, delimiter=";" if ";" in lines[0] else ",")  # some spreadsheets save ;
     if not set(rows.fieldnames or ()) >= COLUMNS or len(lines) < 2:
         raise ConfigError(f"{path}: holds no answers in columns {', '.join(sorted(COLUMNS))}")
-    for number, row in enumerate(rows, 2):
+    try:
+        listed = list(rows)
+    except csv.Error as error:
+        raise ConfigError(f"{path}: is damaged ({error}); give the CSV that a reader saved") from error
+    for number, row in enumerate(listed, 2):
         reader, name, problem = str(row["reader"]), row["id"], ""
         if row["study"] != study or name not in truth:
             problem = f"image {name} of study {row['study']} is not in the key of study {study}"

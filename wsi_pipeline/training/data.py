@@ -189,7 +189,11 @@ def _side(config: DataConfig, name: str, path: str, domain: str | None) -> TileI
     tiles = load_tiles(path, mpp=config.mpp)
     if domain is None and len({slide.domain for slide in tiles.slides}) > 1:
         domain = "FF" if name == "source" else "FFPE"
-    tiles = tiles.select(domain, config.split if tiles.has_splits else None)
+    try:
+        tiles = tiles.select(domain, config.split if tiles.has_splits else None)
+    except ConfigError as error:
+        remedy = "data.split, validation.split (null: all) or data.source_domain, target_domain choose others"
+        raise ConfigError(f"{error}; {remedy}") from error
     if not len(tiles):
         raise ConfigError(f"data.{name}: {path} holds no tile; look at the filters of the index")
     small_N = (tiles.region_N4[:, 2:] < config.crop).any(axis=1)
@@ -199,7 +203,7 @@ def _side(config: DataConfig, name: str, path: str, domain: str | None) -> TileI
             for row in np.flatnonzero(small_N).tolist()
         ]
         raise ConfigError(
-            f"data.crop: {config.crop} px is larger than {several(problems)}; give a smaller crop or "
+            f"data.crop: {config.crop} px is larger than some tiles ({several(problems)}); give a smaller crop or "
             "take these tiles out"
         )
     return tiles

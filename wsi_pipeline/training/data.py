@@ -203,8 +203,8 @@ def _side(config: DataConfig, name: str, path: str, domain: str | None) -> TileI
             for row in np.flatnonzero(small_N).tolist()
         ]
         raise ConfigError(
-            f"data.crop: {config.crop} px is larger than some tiles ({several(problems)}); give a smaller crop or "
-            "take these tiles out"
+            f"data.crop: {config.crop} px is larger than some tiles ({several(problems)}); give a "
+            "smaller crop or take these tiles out"
         )
     return tiles
 

@@ -139,3 +139,29 @@ def test_several_runs_have_a_label_of_their_spread(run: Run, place: list[str], t
     assert abs(both.std(axis=0).mean() - spread[y, x]) <= 0.5
     assert run("series", *place, "-o", out, "--weights", weights, "--runs", "2") == 5
     assert run("series", *place, "-o", tmp_path / "b.ome.zarr", "--weights", weights, "--runs", "1") == 2
+
+
+@pytest.mark.slow
+def test_a_series_goes_on_after_a_kill_with_members_as_they_are(
+    run: Run, place: list[str], tmp_path: Path
+) -> None:
+    weights = str(bundle(tmp_path, "i2sb", tile=64, nfe=2))
+    command = ["series", *place, "--weights", weights, "--runs", "2"]
+    assert run(*command, "-o", tmp_path / "whole.ome.zarr") == 0
+    out = tmp_path / "killed.ome.zarr"
+    first = out.with_name(f"{out.name}.members") / "run-0.ome.zarr"
+    process = subprocess.Popen(
+        [*CLI, *command, "-o", str(out)],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ONE_THREAD,
+    )
+    while process.poll() is None and not first.exists():
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert first.exists() and not out.exists(), "the kill fell elsewhere: the test proves nothing"
+    assert run(*command, "-o", out) == 0
+    assert digests(out) == digests(tmp_path / "whole.ome.zarr")
+    assert not first.exists()

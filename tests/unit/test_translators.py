@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -228,7 +229,15 @@ def test_every_recipe_trains_and_leaves_weights(name: str, cohort: Path, tmp_pat
     assert facts.spec.translates == (pairing != "labelled")
     assert (facts.spec.classes == ("one", "three", "two")) == (pairing == "labelled")
     build_translator(facts.spec, tensors)
-    assert len((CONFIGS / name).read_text().splitlines()) <= 40
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_recipe_is_short_and_leads_to_its_formulae(name: str) -> None:
+    text = (CONFIGS / name).read_text()
+    assert len(text.splitlines()) <= 40
+    named = re.findall(r"[\w/]+\.py", text)
+    package = CONFIGS.parent / "wsi_pipeline"
+    assert named and all(any(package.rglob(Path(each).name)) for each in named), named
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,9 @@ class CohortConsole:
                 self._bar.update(self._task, completed=event.done)
                 if event.reason:
                     self._stderr.print(f"{event.slide}: no tiles ({event.reason})", markup=False)
+                if event.astray:
+                    told = f"{event.slide}: {event.astray} tiles not made, their tissue is not in register"
+                    self._stderr.print(f"Note: {told} with the fixed slide", markup=False)
             case SlideFailed():
                 self._bar.update(self._task, completed=event.done)
                 self._stderr.print(f"Failed: {event.message}", markup=False)

@@ -54,10 +54,15 @@ def register(
         mpps=(fixed_mpp, moving_mpp),
         overwrite=overwrite,
     )
-    error, share = about["landmark_error_um"], about["figures"]["agreeing"]
+    error, figures, drawing = about["landmark_error_um"], about["figures"], out.with_suffix(".png").name
     text = (
         f"Wrote {out}: error {error['median']:.1f} µm (median), {error['p90']:.1f} µm (90 %), measured on "
-        f"{error['n']:.0f} blocks that were not fitted; {share:.0%} of them in place"
+        f"{error['n']:.0f} blocks that were found and not fitted; {figures['agreeing']:.0%} of them in "
+        f"place; {figures['trusted']:.0%} of the tissue in register"
     )
+    if figures["trusted"] < 0.995:
+        red = f" (red in {drawing})" if picture else ""
+        lost = f"{1 - figures['trusted']:.0%} of the tissue is not in register{red}"
+        text += f"\nWarning: {lost}: no tiles will be read there"
     text += f"\nLook at {out.with_suffix('.png')}" if picture else ""
-    show_result({"status": "registered", "path": str(out), **about["figures"]}, text, log_format)
+    show_result({"status": "registered", "path": str(out), **figures}, text, log_format)

@@ -21,7 +21,7 @@ from wsi_pipeline.cohorts.tiles import TileIndex, TileReader, load_tiles
 from wsi_pipeline.core.geometry import Region
 from wsi_pipeline.core.protocols import U8_HWC
 from wsi_pipeline.core.transform import pull_back
-from wsi_pipeline.errors import ConfigError, MissingMppError, OutputExistsError, RegistrationError, SlideError
+from wsi_pipeline.errors import ConfigError, OutputExistsError, RegistrationError, SlideError
 from wsi_pipeline.readers.warped import load_pair
 from wsi_pipeline.registration.run import register_slides
 
@@ -138,6 +138,33 @@ def test_a_new_transform_makes_the_index_stale_and_a_strange_one_is_told(
         index(tmp_path)
 
 
+@pytest.mark.slow
+def test_no_tiles_of_a_piece_that_moved_on_its_own(tmp_path: Path) -> None:
+    still = np.full((480, 720, 3), 244, np.uint8)
+    still[40:424, 20:404] = tissue(384, seed=1)
+    alone, slid = np.full_like(still, 244), np.full_like(still, 244)
+    alone[110:366, 424:680] = slid[160:416, 454:710] = tissue(256, seed=2)
+    save(tmp_path / "fixed.png", np.minimum(still, alone))
+    save(tmp_path / "moving.png", restained(np.minimum(still, slid), hole=False))
+    done = run("register", "fixed.png", "moving.png", "-o", "pair.json", *AT_8, cwd=tmp_path)
+    assert done.returncode == 0 and "not in register (red in pair.png): no tiles" in done.stdout
+    lost = int(done.stdout.partition("Warning: ")[2].partition("%")[0])
+    assert 20 < lost < 40
+    picture = picture_of(tmp_path / "pair.png").astype(int)
+    red_HW = picture[..., 0] - picture[..., 1:].max(axis=-1) > 80
+    assert red_HW.any(axis=0).nonzero()[0].min() > picture.shape[1] * 0.8  # right piece of the last panel
+    rows = ["slide,domain,patient,split,mpp,pair,transform", "fixed.png,FF,p,train,8,a,"]
+    (tmp_path / "c.csv").write_text("\n".join([*rows, "moving.png,FFPE,p,train,8,a,pair.json"]))
+    told = run("tile", "c.csv", "-o", "d.parquet", "--set", "tiling.mpp=8", "--set", "tiling.tile=32",
+               "--set", "stain=any", cwd=tmp_path)  # fmt: skip
+    assert told.returncode == 0 and "moving.png: " in told.stderr
+    assert "tiles not made, their tissue is not in register" in told.stderr
+    tiles = load_tiles(tmp_path / "d.parquet", everything=True)
+    x_N = {domain: tiles.select(domain).region_N4[:, 1] for domain in ("FF", "FFPE")}
+    assert (x_N["FF"] > 404).sum() > 30 and (x_N["FF"] < 404).sum() > 60
+    assert x_N["FFPE"].max() < 404 and len(x_N["FFPE"]) > 60
+
+
 def test_points_of_another_program_pass_the_same_gates(registered: tuple[Path, Any, Any]) -> None:
     folder, truth, _ = registered
     y, x = np.meshgrid(np.arange(5, 448, 16.0), np.arange(5, 448, 16.0), indexing="ij")
@@ -168,7 +195,7 @@ def test_what_does_not_register_is_one_error_and_at_most_a_picture(tmp_path: Pat
     save(tmp_path / "blank.png", np.full((300, 300, 3), 243, np.uint8))
     done = run("register", "a.png", "b.png", "-o", "no.json", *AT_8, cwd=tmp_path)
     assert done.returncode == 5 and "Traceback" not in done.stderr
-    for word in ("a.png", "b.png", "needed", "mm²", "--mpp 16", "no.refused.png"):
+    for word in ("a.png", "b.png", "needed", "mm²", "--mpp 4", "no.refused.png"):
         assert word in done.stderr
     assert [path.name for path in tmp_path.glob("no*")] == ["no.refused.png"]
     a, b, blank = (tmp_path / name for name in ("a.png", "b.png", "blank.png"))
@@ -178,7 +205,7 @@ def test_what_does_not_register_is_one_error_and_at_most_a_picture(tmp_path: Pat
         register_slides(a, b, tmp_path / "x.txt", mpps=(8, 8))
     with pytest.raises(ConfigError, match="--mpp 200"):
         register_slides(a, b, tmp_path / "x.json", mpp=200.0, mpps=(8, 8))
-    with pytest.raises(MissingMppError):
+    with pytest.raises(ConfigError, match="--fixed-mpp"):
         register_slides(a, b, tmp_path / "x.json")
     assert not list(tmp_path.glob("x*"))
 

@@ -20,12 +20,14 @@ class Checked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlideTiled:
-    """One more slide is finished, ``done`` of ``total``; ``reason``: why it has no tissue, or None."""
+    """One more slide is finished, ``done`` of ``total``; ``reason``: why it has no tissue, or None;
+    ``astray``: tiles that were not made, for there the transform is not in register."""
 
     slide: str
     tiles: int
     seconds: float
     reason: str | None
+    astray: int
     done: int
     total: int
 

@@ -141,6 +141,7 @@ def _run(jobs: list[SlideJob], workers: int, total: int, emit: CohortEmit) -> di
                 tiles=len(table),
                 seconds=found.facts["seconds"],
                 reason=found.facts["reason"],
+                astray=found.facts["astray"],
                 done=done,
                 total=total,
             )

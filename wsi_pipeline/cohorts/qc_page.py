@@ -202,6 +202,8 @@ def _slide(finding: Finding) -> str:
     slide, part = finding.slide, finding.part
     facts = part.facts
     tissue = f"{facts['tissue_mm2']:.2f} mm² of tissue" if facts["reason"] is None else facts["reason"]
+    if facts.get("astray"):
+        tissue += f"; {facts['astray']:,} tiles not made, for they are not in register"
     wide = facts["width"] * facts["mpp"][1] / 1000
     caption = (
         f"{slide.domain} {slide.split}; {finding.kept:,} of {len(finding.reason_N):,} tiles serve; {tissue}; "

@@ -36,7 +36,7 @@ from wsi_pipeline.readers import open_slide
 from wsi_pipeline.readers.lattice import SlideView
 from wsi_pipeline.readers.masks import find_tissue
 from wsi_pipeline.readers.overview import near_own, read_overview, reduce_overview
-from wsi_pipeline.readers.warped import on_lattice
+from wsi_pipeline.readers.warped import WarpedSlide, on_lattice
 
 __all__ = ["Part", "SlideJob", "read_part", "tile_slide"]
 
@@ -48,6 +48,7 @@ FINEST_UPSAMPLING = 1.02
 PICTURE_SIDE = 480
 SAMPLE_SIDE, SAMPLE_COUNT = 112, 6
 JPEG_QUALITY = 80
+_NONE_FITS = ("no whole tile fits on its tissue", "its tissue is not in register with the fixed slide")
 ARTEFACTS = ("pen", "coverslip", "border")
 
 
@@ -106,6 +107,10 @@ def tile_slide(job: SlideJob) -> None:
         regions_N4 = _regions(view.size, job.config)
         shares = _shares(found, regions_N4, mpp)
         touching = shares["tissue"] > 0
+        astray = 0
+        if isinstance(slide, WarpedSlide):
+            told = touching & slide.pair.in_register(regions_N4, mpp)
+            astray, touching = int((touching & ~told).sum()), told
         regions_N4 = regions_N4[touching]
         columns: dict[str, Any] = {name: values[touching] for name, values in shares.items()}
         scores = _scores(view, regions_N4, found.background_rgb)
@@ -121,7 +126,8 @@ def tile_slide(job: SlideJob) -> None:
             "mpp": list(mpp),
             "height": view.size.height,
             "width": view.size.width,
-            "reason": found.reason or (None if len(regions_N4) else "no whole tile fits on its tissue"),
+            "reason": found.reason or (None if len(regions_N4) else _NONE_FITS[astray > 0]),
+            "astray": astray,
             "samples": scores["sharpness"][chosen].round(2).tolist(),
             "tissue_mm2": round(found.tissue.area_mm2, 4),
             "seconds": round(time.monotonic() - began, 2),

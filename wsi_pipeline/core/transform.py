@@ -11,7 +11,7 @@ registration from whoever reads it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -22,7 +22,7 @@ from wsi_pipeline.core.geometry import Mpp, Region
 from wsi_pipeline.core.stain import F64
 from wsi_pipeline.errors import ConfigError
 
-__all__ = ["SlideTransform", "fit_affine", "pull_back"]
+__all__ = ["SlideTransform", "fit_affine", "plausible", "pull_back"]
 
 _STEPS = 32
 """Positions are rounded to this part of a pixel: the grid on which OpenCV interpolates."""
@@ -79,20 +79,12 @@ class SlideTransform:
         x = np.arange(region.x, region.right, dtype=np.float64)[None, :]
         return self.at((y + 0.5) * mpp[0], (x + 0.5) * mpp[1])
 
-    def then(self, second: SlideTransform) -> SlideTransform:
-        """First this, then ``second``; a field is sampled on the nodes of this one's (exact for affine maps).
 
-        Raises ConfigError where only ``second`` has a field: give this one a field of zeros.
-        """
-        step = self.field_um_per_px
-        straight = SlideTransform(affine_23=second.affine_23 @ np.vstack([self.affine_23, [0.0, 0.0, 1.0]]))
-        if self.field_2HW is None and second.field_2HW is not None:
-            raise ConfigError("then: give the first transform a field of zeros, to carry the second's")
-        if self.field_2HW is None:
-            return straight
-        nodes = Region(0, 0, *self.field_2HW.shape[1:])
-        field = second.at(*self.grid(nodes, (step, step))) - straight.grid(nodes, (step, step))
-        return replace(straight, field_2HW=field.astype(np.float32), field_um_per_px=step)
+def plausible(affine_23: F64) -> bool:
+    """Whether sections of one block may lie like this: no mirror, 0.8 to 1.25 each way, within 10 m."""
+    large, small = np.linalg.svd(affine_23[:, :2], compute_uv=False)
+    straight = large < 1.25 and small > 0.8 and np.linalg.det(affine_23[:, :2]) > 0
+    return bool(straight and np.abs(affine_23[:, 2]).max() < 1e7)
 
 
 def _between(node: F64, side: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], F64]:

@@ -18,27 +18,43 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from wsi_pipeline.core.geometry import Mpp, Region, Size
+from wsi_pipeline.core.mask import TissueMask
 from wsi_pipeline.core.protocols import U8_HWC, WHITE, Level, Slide
-from wsi_pipeline.core.transform import SlideTransform, pull_back
+from wsi_pipeline.core.transform import SlideTransform, plausible, pull_back
 from wsi_pipeline.errors import ConfigError
 from wsi_pipeline.readers._base import native_levels
 from wsi_pipeline.readers.lattice import SlideView
 
-__all__ = ["PAIR_VERSION", "SectionPair", "WarpedSlide", "load_pair", "on_lattice"]
+__all__ = ["ASTRAY", "PAIR_VERSION", "SectionPair", "TRUSTED", "WarpedSlide", "load_pair", "on_lattice"]
 
 PAIR_VERSION = 1
+ASTRAY, TRUSTED = 1, 2
+"""States of a cell of the fixed slide's tissue; 0: no tissue."""
+_MAX_ASTRAY, _MIN_TRUSTED = 0.05, 0.25
+_DAMAGED = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    ConfigError,
+)
 _SMALLEST, _STRIP_PIXELS, _MARGIN = 256, 4 << 20, 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SectionPair:
     """What a ``pair.json`` says: the transform, the extent and pixel size of the fixed slide, the names and
-    digests (of the content) of both, and the moving slide's pixel size."""
+    digests (of the content) of both, the moving slide's pixel size, and where the tissue is in register:
+    states of cells of the fixed slide, uint8 [h, w], and their side in µm (None: the file does not say)."""
 
     path: Path
     transform: SlideTransform
@@ -47,15 +63,28 @@ class SectionPair:
     from_size: Size
     from_mpp: Mpp
     to_mpp: Mpp
+    cells_HW: npt.NDArray[np.uint8] | None = None
+    um_per_cell: float = 1.0
 
     @property
     def digest(self) -> str:
         """Of everything that decides a pixel."""
-        affine, field = self.transform.affine_23.tolist(), self.transform.field_2HW
-        decides = (self.identities, self.from_size, self.from_mpp, affine, self.transform.field_um_per_px)
-        return hashlib.sha256(
-            repr(decides).encode() + (b"" if field is None else field.tobytes())
-        ).hexdigest()
+        affine, um = self.transform.affine_23.tolist(), (self.transform.field_um_per_px, self.um_per_cell)
+        decides = repr((self.identities, self.from_size, self.from_mpp, affine, um)).encode()
+        for array in (self.transform.field_2HW, self.cells_HW):
+            decides += b"" if array is None else array.tobytes()
+        return hashlib.sha256(decides).hexdigest()
+
+    def in_register(self, regions_N4: npt.NDArray[np.int64], mpp: Mpp) -> npt.NDArray[np.bool_]:
+        """Which regions (y, x, height, width) of a lattice of the fixed slide show tissue in register."""
+        if self.cells_HW is None:
+            return np.ones(len(regions_N4), np.bool_)
+        side = (self.um_per_cell, self.um_per_cell)
+        astray_N, trusted_N = (
+            TissueMask(mask_HW=self.cells_HW == state, mpp=side).covers_many(regions_N4, mpp)
+            for state in (ASTRAY, TRUSTED)
+        )
+        return np.asarray((astray_N <= _MAX_ASTRAY) & (trusted_N >= _MIN_TRUSTED))
 
 
 def load_pair(path: str | Path) -> SectionPair:
@@ -71,12 +100,18 @@ def load_pair(path: str | Path) -> SectionPair:
         if name is not None and Path(name).name != name:
             raise ValueError("its field does not lie beside it")
         size_2 = np.array(about["from_size"], np.int64)
-        if mpps.shape != (2, 2) or not (mpps > 0).all() or size_2.shape != (2,) or not (size_2 > 0).all():
-            raise ValueError("its extent or pixel sizes are none")
+        if mpps.shape != (2, 2) or not ((mpps > 1e-3) & (mpps < 1e3)).all():
+            raise ValueError("its pixel sizes are none")
+        if size_2.shape != (2,) or not ((size_2 > 0) & (size_2 < 1 << 31)).all():
+            raise ValueError("its extent is none")
+        affine_23 = np.array(about["affine"], np.float64)
+        if affine_23.shape == (2, 3) and np.isfinite(affine_23).all() and not plausible(affine_23):
+            raise ValueError("its affine map mirrors or deforms more than sections do")
+        cells_HW, um_per_cell = _cells(about)
         return SectionPair(
             path=path,
             transform=SlideTransform(
-                affine_23=np.array(about["affine"], np.float64),
+                affine_23=affine_23,
                 field_2HW=None
                 if name is None
                 else np.asarray(zarr.open_array(path.parent / name, mode="r")[:]),
@@ -87,12 +122,26 @@ def load_pair(path: str | Path) -> SectionPair:
             from_size=Size(*size_2.tolist()),
             from_mpp=tuple(mpps[0].tolist()),
             to_mpp=tuple(mpps[1].tolist()),
+            cells_HW=cells_HW,
+            um_per_cell=um_per_cell,
         )
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+    except _DAMAGED as error:
         told = f"no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
         raise ConfigError(
             f"{path}: cannot be read as a transform ({told}); make it again with wsi-pipeline register"
         ) from error
+
+
+def _cells(about: dict[str, Any]) -> tuple[npt.NDArray[np.uint8] | None, float]:
+    """Where tissue is in register, as ``pair.json`` has it: a digit a cell; and the cells' side in µm."""
+    told = about.get("register")
+    if told is None:
+        return None, 1.0
+    cells_HW = np.array([[int(cell) for cell in row] for row in told["cells"]], np.uint8)
+    um = float(told["um_per_cell"])
+    if cells_HW.ndim != 2 or cells_HW.max(initial=0) > TRUSTED or not 0 < um < math.inf:
+        raise ValueError("its cells are none")
+    return cells_HW, um
 
 
 class WarpedSlide:

@@ -20,9 +20,9 @@ import numpy.typing as npt
 from wsi_pipeline.core.geometry import Region
 from wsi_pipeline.core.protocols import U8_HWC
 from wsi_pipeline.core.stain import F64, estimate_white, optical_density
-from wsi_pipeline.core.transform import SlideTransform, pull_back
+from wsi_pipeline.core.transform import SlideTransform, plausible, pull_back
 
-__all__ = ["BLOCK", "REACH", "Matches", "Section", "make_section", "match_blocks", "plausible", "starts"]
+__all__ = ["BLOCK", "REACH", "Matches", "Section", "make_section", "match_blocks", "starts"]
 
 F32_HW: TypeAlias = npt.NDArray[np.float32]
 
@@ -48,6 +48,11 @@ class Section(NamedTuple):
     def frame(self) -> Region:
         """All of it."""
         return Region(0, 0, *self.tissue_HW.shape)
+
+    @property
+    def stride(self) -> int:
+        """Working pixels from one block to the next."""
+        return max(BLOCK, int(np.sqrt(self.tissue_HW.sum() / MAX_BLOCKS)))
 
     def warped(self, plane: npt.NDArray[Any], at_2HW: F64, *, fill: float = 0.0) -> npt.NDArray[Any]:
         """One of its pictures at other places (µm)."""
@@ -85,12 +90,6 @@ class Matches(NamedTuple):
     def errors(self, transform: SlideTransform) -> F64:
         """Distance [N] in µm between where a block was found and where the transform puts it."""
         return np.asarray(np.linalg.norm(transform.points(self.fixed_N2) - self.moving_N2, axis=1))
-
-
-def plausible(affine_23: F64) -> bool:
-    """Whether sections of one block may lie like this: no mirror, 0.8 to 1.25 in any direction."""
-    large, small = np.linalg.svd(affine_23[:, :2], compute_uv=False)
-    return bool(np.linalg.det(affine_23[:, :2]) > 0 and large < 1.25 and small > 0.8)
 
 
 def starts(fixed: Section, moving: Section) -> Iterator[SlideTransform]:
@@ -155,8 +154,9 @@ def _dense(section: Section, step: float) -> F32_HW:
 
 def match_blocks(
     fixed: Section, moving: Section, transform: SlideTransform, reach: int = REACH
-) -> tuple[Matches, int]:
-    """Blocks of the fixed section's tissue, found again near where ``transform`` puts them; and their number.
+) -> tuple[Matches, F64]:
+    """Blocks of the fixed section's tissue, found again near where ``transform`` puts them; and where all
+    blocks of its tissue lie, [N, 2] µm.
 
     A block counts as found where its best correlation is at least ``MIN_NCC``, does not lie on the rim of the
     search, and leads back: what was found, searched for in the fixed section, is the block again. None of
@@ -165,14 +165,13 @@ def match_blocks(
     at_2HW = transform.grid(fixed.frame, (fixed.mpp, fixed.mpp))
     there_HW = moving.warped(moving.tissue_HW.astype(np.float32), at_2HW)
     warped_HW = moving.warped(moving.structure_HW, at_2HW)
-    stride = max(BLOCK, int(np.sqrt(fixed.tissue_HW.sum() / MAX_BLOCKS)))
-    found, blocks = [], 0
-    for y in range(0, fixed.frame.height - BLOCK + 1, stride):
-        for x in range(0, fixed.frame.width - BLOCK + 1, stride):
+    found, blocks = [], []
+    for y in range(0, fixed.frame.height - BLOCK + 1, fixed.stride):
+        for x in range(0, fixed.frame.width - BLOCK + 1, fixed.stride):
             here = np.s_[y : y + BLOCK, x : x + BLOCK]
             if fixed.tissue_HW[here].mean() < 0.7:
                 continue
-            blocks += 1
+            blocks.append((y + BLOCK / 2, x + BLOCK / 2))
             shift, ncc = _found(fixed.structure_HW, warped_HW, y, x, reach)
             if shift is None or there_HW[here].mean() < 0.5:
                 continue
@@ -182,7 +181,8 @@ def match_blocks(
                 found.append((y + BLOCK / 2, x + BLOCK / 2, *shift, ncc))
     values = np.array(found, np.float64).reshape(-1, 5)
     points_N2 = values[:, :2] * fixed.mpp
-    return Matches(points_N2, transform.points(points_N2 + values[:, 2:4] * fixed.mpp), values[:, 4]), blocks
+    moving_N2 = transform.points(points_N2 + values[:, 2:4] * fixed.mpp)
+    return Matches(points_N2, moving_N2, values[:, 4]), np.reshape(blocks, (-1, 2)) * fixed.mpp
 
 
 def _found(pattern_HW: F32_HW, searched_HW: F32_HW, y: int, x: int, reach: int) -> tuple[F64 | None, float]:

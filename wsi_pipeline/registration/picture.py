@@ -8,7 +8,9 @@ import numpy as np
 from wsi_pipeline.core.protocols import U8_HWC, WHITE
 from wsi_pipeline.core.stain import F64
 from wsi_pipeline.core.transform import SlideTransform
+from wsi_pipeline.readers.warped import ASTRAY
 from wsi_pipeline.registration.estimate import Section
+from wsi_pipeline.registration.gate import tissue_that_is
 from wsi_pipeline.registration.refine import AGREE_PX, Fitted
 
 __all__ = ["draw_registration"]
@@ -20,6 +22,8 @@ GREEN, RED, BLACK = (0, 150, 40), (220, 0, 0), (0, 0, 0)
 def draw_registration(fixed: Section, moving: Section, fitted: Fitted | None) -> U8_HWC:
     """RGB picture of six panels around the fixed tissue: fixed, moving before and after, both chequered with
     the fixed one, and the held-out blocks.
+
+    There, tissue that is not in register is red.
 
     Such a block is a circle, green where the transform puts it within 3 working pixels of where it was found,
     red where not, with a line from the one to the other, four times as long; a fitted block is a dot.
@@ -36,8 +40,11 @@ def draw_registration(fixed: Section, moving: Section, fitted: Fitted | None) ->
     scale = SIDE / max(fixed.tissue_HW[top:bottom, left:right].shape)
     finest = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
     titles = ("fixed", "moving, before", "moving, after", "chequered before", "chequered after", "blocks")
-    panels = []
-    for title, picture in zip(titles, (fixed.rgb_HWC, *laid, *mixed, fixed.rgb_HWC), strict=True):
+    told_HWC, panels = fixed.rgb_HWC.copy(), []
+    if fitted:
+        told_HWC[tissue_that_is(ASTRAY, fixed, fitted)] //= 2
+        told_HWC[tissue_that_is(ASTRAY, fixed, fitted), 0] += 110
+    for title, picture in zip(titles, (fixed.rgb_HWC, *laid, *mixed, told_HWC), strict=True):
         cut = np.ascontiguousarray(picture[top:bottom, left:right])
         panel = cv2.resize(cut, None, fx=scale, fy=scale, interpolation=finest)
         if title == "blocks" and fitted:

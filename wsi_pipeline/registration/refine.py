@@ -21,8 +21,8 @@ from scipy.interpolate import RBFInterpolator
 from scipy.spatial import cKDTree
 
 from wsi_pipeline.core.stain import F64
-from wsi_pipeline.core.transform import SlideTransform, fit_affine
-from wsi_pipeline.registration.estimate import BLOCK, REACH, Matches, Section, match_blocks, plausible, starts
+from wsi_pipeline.core.transform import SlideTransform, fit_affine, plausible
+from wsi_pipeline.registration.estimate import BLOCK, REACH, Matches, Section, match_blocks, starts
 
 __all__ = ["AGREE_PX", "Fitted", "measure", "register", "smooth_field"]
 
@@ -39,16 +39,16 @@ GOOD_START, HOPELESS = 0.3, 0.05
 
 
 class Fitted(NamedTuple):
-    """A transform, the matches that were fitted, those that were held out, and the number of blocks."""
+    """A transform, the matches that were fitted, those that were held out, and where all blocks lie (µm)."""
 
     transform: SlideTransform
     used: Matches
     tested: Matches
-    blocks: int
+    blocks_N2: F64
 
     def agreeing(self, mpp: float) -> float:
         """Share of all blocks of tissue that were found, fitted, and agree."""
-        return float((self.used.errors(self.transform) <= AGREE_PX * mpp).sum()) / max(self.blocks, 1)
+        return float((self.used.errors(self.transform) <= AGREE_PX * mpp).sum()) / max(len(self.blocks_N2), 1)
 
 
 def register(fixed: Section, moving: Section, *, elastic: bool) -> Fitted:
@@ -76,10 +76,10 @@ def measure(
 ) -> Fitted:
     """Match blocks through a transform; ``held_out``: share of them that is set aside (1: all, for a
     transform that was not made of blocks)."""
-    matches, blocks = match_blocks(fixed, moving, transform, reach)
+    matches, blocks_N2 = match_blocks(fixed, moving, transform, reach)
     row_N, column_N = np.floor(matches.fixed_N2 / (fixed.mpp * BLOCK)).T
     out_N = (row_N * 0.7548776662 + column_N * 0.5698402910) % 1.0 < held_out
-    return Fitted(transform, matches.take(~out_N), matches.take(out_N), blocks)
+    return Fitted(transform, matches.take(~out_N), matches.take(out_N), blocks_N2)
 
 
 def _affine(matches: Matches, mpp: float) -> SlideTransform | None:

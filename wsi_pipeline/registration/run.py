@@ -41,7 +41,7 @@ from wsi_pipeline.readers import open_slide
 from wsi_pipeline.readers.lattice import SlideView
 from wsi_pipeline.readers.warped import PAIR_VERSION
 from wsi_pipeline.registration.estimate import Section, make_section
-from wsi_pipeline.registration.gate import GATES, measured, refusals
+from wsi_pipeline.registration.gate import GATES, measured, refusals, trust_map
 from wsi_pipeline.registration.picture import draw_registration
 from wsi_pipeline.registration.refine import Fitted, measure, register, smooth_field
 
@@ -92,7 +92,7 @@ def register_slides(
             fitted = (
                 register(*sections, elastic=elastic) if given is None else _given(*sections, *given, elastic)
             )
-        figures = {} if fitted is None else measured(*sections, fitted)
+        figures = {} if fitted is None else measured(sections[0], fitted)
         missed = refusals(figures, fitted) if fitted else ["there is no tissue"]
         if picture:
             _write(refused if missed else drawing, draw_registration(*sections, fitted))
@@ -111,6 +111,10 @@ def register_slides(
         for slide in slides:
             slide.close()
     about["method"] = f"{'blocks' if points is None else 'given points'} at {mpp:g} um"
+    about["register"] = {
+        "um_per_cell": sections[0].stride * mpp,
+        "cells": ["".join(map(str, row)) for row in trust_map(sections[0], fitted).tolist()],
+    }
     about["field"] = None if fitted.transform.field_2HW is None else field.name
     for stale in (out, refused):
         stale.unlink(missing_ok=True)  # an old JSON beside a new field would be a lie

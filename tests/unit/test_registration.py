@@ -108,6 +108,19 @@ def test_a_piece_that_moved_on_its_own_is_astray_and_the_other_is_not(
     assert (column > 404).sum() > 30
 
 
+def test_lines_of_stitching_on_both_slides_neither_pass_nor_hide_the_tissue() -> None:
+    lines = np.where((np.indices((448, 448)) % 64 < 2).any(axis=0), 0.5, 1.0)[..., None]
+    moving_HWC = tissue()
+    truth = known(moving_HWC.shape[:2], 9, 1.0, (6, -8), 0)
+    moving = section((restained(moving_HWC) * lines).astype(np.uint8))
+    for picture_HWC, passes in ((through(moving_HWC, truth), True), (tissue(seed=4), False)):
+        fixed = section((picture_HWC * lines).astype(np.uint8))
+        fitted = register(fixed, moving, elastic=True)
+        assert bool(refusals(measured(fixed, fitted), fitted)) is not passes
+        if passes:
+            assert np.median(landmark_errors_px(fitted.transform, truth, fixed, moving)) < 0.5
+
+
 def test_a_field_that_follows_a_tear_is_astray_along_it(pair) -> None:  # type: ignore[no-untyped-def]
     fixed, _, _, fitted = pair
     middle = fixed.tissue_HW.shape[1] // 2 // fixed.stride

@@ -28,6 +28,9 @@ F32_HW: TypeAlias = npt.NDArray[np.float32]
 
 LEVEL_PX = 16.0
 """Sigma of the neighbourhood whose level and spread are taken away."""
+LINE_PX, LINE_SPREAD = 64, 0.45
+"""Tissue in a row, in working pixels, that can show a line; share of the spread that rows of a pattern have
+in common (layers of cortex 0.41, lines that are 25 % darker 0.53)."""
 BLOCK, REACH = 32, 16
 """Side of a block, and how far it is looked for, in working pixels."""
 MAX_BLOCKS, MIN_NCC, RETURN_PX = 3000, 0.25, 1.5
@@ -66,6 +69,9 @@ def make_section(rgb_HWC: U8_HWC, tissue_HW: npt.NDArray[np.bool_], mpp: float) 
     weight_HW = tissue_HW.astype(np.float32)
     area_HW = _blur(weight_HW, LEVEL_PX) + 1e-3
     mean_HW = _blur(red_HW * weight_HW, LEVEL_PX) / area_HW
+    red_HW -= _lines(red_HW - mean_HW, tissue_HW)[:, None]
+    red_HW -= _lines((red_HW - mean_HW).T, tissue_HW.T)
+    mean_HW = _blur(red_HW * weight_HW, LEVEL_PX) / area_HW
     square_HW = _blur(red_HW * red_HW * weight_HW, LEVEL_PX) / area_HW
     spread_HW = np.sqrt(np.maximum(square_HW - mean_HW * mean_HW, 0.0)) + 0.03
     structure_HW = np.clip((red_HW - mean_HW) / spread_HW, -3, 3) * _blur(weight_HW, 2.0) * weight_HW
@@ -74,6 +80,22 @@ def make_section(rgb_HWC: U8_HWC, tissue_HW: npt.NDArray[np.bool_], mpp: float) 
 
 def _blur(plane_HW: F32_HW, sigma: float) -> F32_HW:
     return np.asarray(cv2.GaussianBlur(plane_HW, (0, 0), sigma), np.float32)
+
+
+def _lines(rest_HW: F32_HW, tissue_HW: npt.NDArray[np.bool_]) -> F32_HW:
+    """What the tissue of each row has in common, [H]; 0 where that is no pattern.
+
+    The lines of a scanner's stitching lie alike on every slide, and would be in register on any two.
+    """
+    some = np.s_[:, :: max(tissue_HW.shape[1] // 512, 1)]
+    long_N = tissue_HW.sum(axis=1) >= LINE_PX
+    long_N &= tissue_HW[some].any(axis=1)
+    lines_N = np.zeros(len(long_N), np.float32)
+    if long_N.any():
+        rest_NM = np.where(tissue_HW, rest_HW, np.nan)[some][long_N]
+        lines_N[long_N] = np.nanmedian(rest_NM, axis=1)
+        lines_N *= lines_N.std() > LINE_SPREAD * np.nanstd(rest_NM)
+    return lines_N
 
 
 class Matches(NamedTuple):

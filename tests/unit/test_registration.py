@@ -109,7 +109,7 @@ def test_a_piece_that_moved_on_its_own_is_astray_and_the_other_is_not(
 
 
 def test_lines_of_stitching_on_both_slides_neither_pass_nor_hide_the_tissue() -> None:
-    lines = np.where((np.indices((448, 448)) % 64 < 2).any(axis=0), 0.5, 1.0)[..., None]
+    lines = np.where((np.indices((448, 448)) % 40 < 3).any(axis=0), 0.4, 1.0)[..., None]
     moving_HWC = tissue()
     truth = known(moving_HWC.shape[:2], 9, 1.0, (6, -8), 0)
     moving = section((restained(moving_HWC) * lines).astype(np.uint8))

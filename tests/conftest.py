@@ -51,8 +51,8 @@ def parity_folders(variable: str, default: str) -> list[Path]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes ``parity_set`` (Diffusion-FFPE) or ``other_set`` (the other translators) runs once for
-    each set, and is skipped where there is none."""
+    """A test that takes ``parity_set`` (Diffusion-FFPE) or ``other_set`` (the other translators) runs once
+    for each set, and is skipped where there is none."""
     for fixture, variable, default in (
         ("parity_set", "WSI_PIPELINE_PARITY", "parity"),
         ("other_set", "WSI_PIPELINE_PARITY_OTHER", "parity_other"),

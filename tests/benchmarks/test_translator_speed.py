@@ -69,6 +69,4 @@ def test_noise_of_a_tile() -> None:
     region = Region(1000, 2000, 256, 256)
     spent = median(lambda: lattice_normal(region, key=1, channels=3), 20)
     torch_spent = median(lambda: torch.randn(3, 256, 256), 20)
-    print(
-        f"\n3 x 256 x 256 normals: {spent * 1e3:.2f} ms, {spent / torch_spent:.1f} x torch.randn"
-    )
+    print(f"\n3 x 256 x 256 normals: {spent * 1e3:.2f} ms, {spent / torch_spent:.1f} x torch.randn")

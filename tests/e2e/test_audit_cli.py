@@ -328,6 +328,7 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*CLI, *map(str, arguments)], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_command_says_clean_or_fails_with_5(copy: Path, made: Path) -> None:
     store = copy / "scan.ome.zarr"
     clean = run("audit", store, "--against", made / "scan.svs")
@@ -343,7 +344,9 @@ def test_the_command_says_clean_or_fails_with_5(copy: Path, made: Path) -> None:
     assert "manifest.json" in leaky.stderr
 
 
-@pytest.mark.parametrize("name", ["CMU-1-Small-Region.svs", "test3-DAPI-2-(387).ndpi"])
+@pytest.mark.parametrize(
+    "name", ["CMU-1-Small-Region.svs", pytest.param("test3-DAPI-2-(387).ndpi", marks=pytest.mark.slow)]
+)
 def test_outputs_of_real_slides_pass(data_dir: Path, tmp_path: Path, name: str) -> None:
     path = data_dir / "slides" / name
     slide = open_slide(path)

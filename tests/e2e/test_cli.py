@@ -186,7 +186,7 @@ def test_a_mask_beside_the_slide_is_an_error(data_dir: Path, tmp_path: Path) -> 
     assert "no area lies on the slide" in line
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_no_worker_outlives_its_parent(tmp_path: Path, how: signal.Signals) -> None:
     import psutil
 
@@ -226,7 +226,7 @@ def test_models_and_doctor_answer(tmp_path: Path) -> None:
     assert {"versions", "devices", "disk"} <= {finding["part"] for finding in doctor}
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_ctrl_c_leaves_a_resumable_output(tmp_path: Path, workers: str) -> None:
     slide, out = tmp_path / "slide.ome.tif", tmp_path / "out.ome.zarr"
     subprocess.run(

@@ -295,6 +295,7 @@ def loop(**values: int) -> list[str]:
     return [word for name, value in values.items() for word in ("--set", f"loop.{name}={value}")]
 
 
+@pytest.mark.slow
 def test_accumulated_halves_are_the_batch(run: Run, settings: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = run("train", settings, "--out", out, *CUT, *PUBLISHED, *loop(steps=3, batch=1, accumulate=2))

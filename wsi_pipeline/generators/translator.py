@@ -60,8 +60,7 @@ BYTES_A_PIXEL = 1500  # of activations, for each byte of the type
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Translator:
-    """Translator of a weights file: pix2pix, bridges, (wavelet) diffusion, aligned training; not
-    Diffusion-FFPE.
+    """Other translators (pix2pix, bridges, wavelet diffusion, aligned training): needs a weights file.
 
     ``weights``: made by `wsi-pipeline train` or `wsi-pipeline models import --kind`; ``nfe``: calls of the
     network a tile, ``method`` and ``guidance``: of the sampler, None for those of the file; ``label``: name

@@ -128,7 +128,7 @@ def test_a_tile_has_the_same_bits_in_any_batch_and_order(
         np.testing.assert_array_equal(some, whole[picked])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_tile_has_the_same_bits_on_any_number_of_cores(
     tiny_bundle: Path, eight: np.ndarray, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

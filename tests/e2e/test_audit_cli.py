@@ -89,12 +89,14 @@ def test_a_clean_output_passes(made: Path, name: str) -> None:
     assert result.files == len(sizes)
 
 
+@pytest.mark.slow
 def test_a_folder_of_outputs_is_audited_whole(made: Path) -> None:
     result = audit(made / "out", made)
     assert result.findings == ()
     assert result.files == sum(path.is_file() for path in (made / "out").rglob("*"))
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_run_passes(made: Path, tmp_path: Path) -> None:
     """A file that runs begin to write has to be made known to the audit."""
     (tmp_path / "in").mkdir()

@@ -158,6 +158,7 @@ def test_help_answers_at_once() -> None:
     assert time.perf_counter() - started < 2.0, "0.2 s on a quiet machine"
 
 
+@pytest.mark.slow
 def test_outputs_side_by_side_share_no_file(data_dir: Path, tmp_path: Path) -> None:
     slide = data_dir / "slides" / "CMU-1-Small-Region.svs"
     first = run("convert", slide, "-o", tmp_path / "a.ome.tif")

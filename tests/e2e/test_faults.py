@@ -382,6 +382,7 @@ def test_a_qc_picture_that_cannot_be_written_fails_nothing(
     assert any("no QC picture" in str(notice) for notice in notices)
 
 
+@pytest.mark.slow
 def test_seam_figures_reach_the_manifest_with_a_verdict(tmp_path: Path) -> None:
     from wsi_pipeline import convert as public_convert
 

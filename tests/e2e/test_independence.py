@@ -55,6 +55,7 @@ def test_shuffled_order(
     assert digests(tmp_path / "a.ome.zarr") == reference
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path, reference: dict[str, str]) -> None:
     convert(tmp_path / "a.ome.zarr", settings(run=ExecutionConfig(workers=2, threads=1)))
     assert digests(tmp_path / "a.ome.zarr") == reference

@@ -412,6 +412,7 @@ def test_a_full_disk_is_told_before(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_other_settings_need_another_folder_or_a_restart(run: Run, settings: Path, tmp_path: Path) -> None:
     out, other = tmp_path / "run", ("--set", "loop.seed=5")
     assert run("train", settings, "--out", out, *QUICK).code == 0

@@ -155,6 +155,7 @@ def test_full_networks_have_parity_of_names_shapes_and_counts(other_set: Path) -
         assert sum(p.numel() for p in network.parameters()) == told["parameter_counts"][name], name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["adm_256_uncond", "adm_256_class_cond", "p2_light_256", "adm_128_class_cond", "i2sb_256_cond_x1"]
 )

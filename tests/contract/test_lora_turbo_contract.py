@@ -200,6 +200,7 @@ def test_options_that_decide_pixels_are_in_the_digest(tiny_bundle: Path, tmp_pat
     assert {*same, made(copy, **base).spec.digest} == {digests[0]}
 
 
+@pytest.mark.slow
 def test_options_reach_the_pixels(tiny_bundle: Path, eight: np.ndarray) -> None:
     def image(**options: Any) -> bytes:
         return made(tiny_bundle, dtype="float32", **options)(batch_at(eight[:1], [0]), {}).tobytes()

@@ -168,6 +168,7 @@ def test_outputs_side_by_side_share_no_file(data_dir: Path, tmp_path: Path) -> N
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
+@pytest.mark.slow
 def test_an_mpp_that_contradicts_the_file_is_said(data_dir: Path, tmp_path: Path) -> None:
     slide = data_dir / "slides" / "CMU-1-Small-Region.svs"
     done = run("plan", slide, "--mpp", "0.25", "--log-format", "json", cwd=tmp_path)

@@ -87,6 +87,7 @@ def report(verdicts: list[Verdict]) -> None:
     assert not found, "\n".join(found)
 
 
+@pytest.mark.slow
 def test_sound_slides_are_planned(bases: list[Base]) -> None:
     """Else the fuzz would only see the first refusal."""
     refused = {"test_orient6.tif", "ome_zarr_simple_0.4"}
@@ -134,6 +135,7 @@ def test_what_counts_as_a_finding(change: dict[str, Any], outcome: str | None) -
     assert verdict.is_finding == (outcome is not None) and (outcome or "") in verdict.outcome
 
 
+@pytest.mark.slow
 def test_a_sample_of_damaged_slides(bases: list[Base], tmp_path: Path) -> None:
     report(list(fuzz(bases, range(SAMPLE), tmp_path)))
 

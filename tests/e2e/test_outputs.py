@@ -53,6 +53,7 @@ def test_the_store_validates(store: tuple[Path, str]) -> None:
         assert type(label).__name__ == "ImageLabel"
 
 
+@pytest.mark.slow
 def test_zarr_ome_zarr_and_tensorstore_read_the_same_pixels(store: tuple[Path, str]) -> None:
     from ome_zarr.io import parse_url
     from ome_zarr.reader import Reader

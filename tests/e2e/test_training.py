@@ -434,6 +434,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(run: Run, settings: Path, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.slow
 def test_a_picture_that_cannot_be_read_stops_the_run_and_mended_it_goes_on(
     run: Run, settings: Path, cohort: Path, tmp_path: Path
 ) -> None:

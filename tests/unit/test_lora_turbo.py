@@ -119,6 +119,7 @@ def test_cutting_is_a_bijection_in_the_published_order(
 # T5: adapters
 
 
+@pytest.mark.slow
 def test_an_untrained_adapter_changes_no_bit(weights: TurboWeights) -> None:
     fresh = changed(weights, ".lora_B.weight", 0.0)
     plain = {name: tensor for name, tensor in weights.tensors.items() if ".lora_" not in name}

@@ -173,7 +173,7 @@ def test_parity_noise_can_be_replayed_from_its_seed(fixture: Fixture) -> None:
     np.testing.assert_array_equal(torch.randn(noise.shape, generator=generator).numpy(), noise)
 
 
-@pytest.mark.parametrize("how", ["merged", "unmerged"])
+@pytest.mark.parametrize("how", ["merged", pytest.param("unmerged", marks=pytest.mark.slow)])
 def test_parity_of_every_quantity(fixture: Fixture, parity_set: Path, how: str) -> None:
     checked, wrong = 0, []
     for name, tensor in everything(parity_set, how).items():

@@ -1,6 +1,6 @@
 """Damaged slides through ``plan``: each a clean error or a clean plan, in time and in bounded memory.
 
-A sample runs with the suite; all 500 of them, the issue's figure, are marked slow. ``-s`` prints the table.
+Both the sample and all 500 of them, the issue's figure, are marked slow. ``-s`` prints the table.
 ``WSI_PIPELINE_FUZZ`` = ``FIRST:COUNT`` chooses other seeds for the long run.
 """
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # --import-mode=importlib puts no test folder on it
+# --import-mode=importlib puts no test folder on it.
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "contract")]
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 
+import generator_contract as contract
 import numpy as np
 import pytest
 
@@ -21,17 +20,6 @@ from wsi_pipeline.models.mini import MINI_UNET, MINI_VAE
 
 LARGEST = 10_000_000  # bytes of the packaged file
 
-
-def _beside(name: str) -> ModuleType:
-    # pytest runs with --import-mode=importlib, which puts no test folder on sys.path.
-    spec = spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec and spec.loader
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-contract = _beside("generator_contract")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,29 +6,16 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import generator_contract as contract
 import numpy as np
 import pytest
 
 from wsi_pipeline.core.protocols import Generator
 from wsi_pipeline.errors import ConfigError, GeneratorError
 from wsi_pipeline.generators import GENERATORS, describe, make_generator
-
-
-def _beside(name: str) -> ModuleType:
-    # pytest runs with --import-mode=importlib, which puts no test folder on sys.path.
-    spec = spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec and spec.loader
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-contract = _beside("generator_contract")
 
 
 class TestIdentity(contract.GeneratorContract):

@@ -5,11 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import generator_contract as contract
 import numpy as np
 import pytest
 import torch
@@ -24,18 +23,6 @@ from wsi_pipeline.models.bundle import load_facts, save_bundle
 from wsi_pipeline.models.layout import DIRECTIONS
 from wsi_pipeline.models.random_weights import random_weights
 from wsi_pipeline.models.weights import tensors_digest
-
-
-def _beside(name: str) -> ModuleType:
-    # pytest runs with --import-mode=importlib, which puts no test folder on sys.path.
-    spec = spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec and spec.loader
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-contract = _beside("generator_contract")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

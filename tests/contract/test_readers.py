@@ -6,14 +6,13 @@ import os
 import shutil
 import threading
 from collections.abc import Sequence
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import fsspec
 import numpy as np
 import pytest
+import slide_contract as contract
 import tifffile
 import zarr
 from PIL import Image
@@ -36,17 +35,6 @@ from wsi_pipeline.readers.openslide import OpenSlideSlide
 from wsi_pipeline.readers.tiff import TiffSlide
 from wsi_pipeline.readers.warped import SectionPair, WarpedSlide
 
-
-def _beside(name: str) -> ModuleType:
-    # pytest runs with --import-mode=importlib, which puts no test folder on sys.path.
-    spec = spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec and spec.loader
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-contract = _beside("slide_contract")
 WHOLE = Region(0, 0, 611, 775)
 
 

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 
+import generator_contract as contract
 import pytest
 from tiny_translators import SYSTEMS, bundle
 
 from wsi_pipeline.core.protocols import Generator
 from wsi_pipeline.generators import make_generator
-
-
-def _beside(name: str) -> ModuleType:
-    # pytest runs with --import-mode=importlib, which puts no test folder on sys.path.
-    spec = spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec and spec.loader
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-contract = _beside("generator_contract")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -81,13 +81,7 @@ def test_equal_bytes_for_every_batch_and_after_kills(
     out, kills = tmp_path / "killed.ome.zarr", 0
     partial = out.with_name(f"{out.name}.partial")
     for blocks in (1, 2):
-        process = subprocess.Popen(
-            [*CLI, *command, "-o", str(out)],
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=ONE_THREAD,
-        )
+        process = started(command, out)
         while process.poll() is None and recorded(partial) < blocks:
             time.sleep(0.002)
         with contextlib.suppress(ProcessLookupError):
@@ -97,6 +91,17 @@ def test_equal_bytes_for_every_batch_and_after_kills(
     assert kills, "no kill fell amid its blocks: the test proves nothing"
     assert out.exists() or run(*command, "-o", out) == 0
     assert digests(out) == digests(outputs[1])
+
+
+def started(command: list[str], out: Path) -> subprocess.Popen[bytes]:
+    """The command in a process group of its own, to be killed."""
+    return subprocess.Popen(
+        [*CLI, *command, "-o", str(out)],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ONE_THREAD,
+    )
 
 
 def recorded(partial: Path) -> int:
@@ -150,13 +155,7 @@ def test_a_series_goes_on_after_a_kill_with_members_as_they_are(
     assert run(*command, "-o", tmp_path / "whole.ome.zarr") == 0
     out = tmp_path / "killed.ome.zarr"
     first = out.with_name(f"{out.name}.members") / "run-0.ome.zarr"
-    process = subprocess.Popen(
-        [*CLI, *command, "-o", str(out)],
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=ONE_THREAD,
-    )
+    process = started(command, out)
     while process.poll() is None and not first.exists():
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)

@@ -32,6 +32,7 @@ __all__ = [
     "choose_dtype",
     "from_uint8",
     "one_core_each",
+    "tile_runner",
     "to_uint8",
 ]
 
@@ -184,6 +185,15 @@ class TileRunner:
             return tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
+
+
+def tile_runner(
+    network: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor], device: torch.device, batch: int
+) -> TileRunner:
+    """A runner that makes ``batch`` tiles at once: in lanes of one on a CPU, else as one micro-batch."""
+    if device.type == "cpu":
+        return TileRunner(network=network, device=device, lanes=batch)
+    return TileRunner(network=network, device=device, micro_batch=batch)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -45,6 +45,7 @@ from wsi_pipeline.generators._torch import (
     choose_dtype,
     from_uint8,
     one_core_each,
+    tile_runner,
     to_uint8,
 )
 from wsi_pipeline.models.assemble import assemble
@@ -307,6 +308,4 @@ def _runner(
             )
         return to_uint8(y, rounding)
 
-    if device.type == "cpu":
-        return TileRunner(network=translate, device=device, lanes=batch)
-    return TileRunner(network=translate, device=device, micro_batch=batch)
+    return tile_runner(translate, device, batch)

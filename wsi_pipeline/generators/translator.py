@@ -38,6 +38,7 @@ from wsi_pipeline.generators._torch import (
     choose_device,
     choose_dtype,
     from_uint8,
+    tile_runner,
     to_uint8,
 )
 from wsi_pipeline.translators.bundle import (
@@ -46,9 +47,9 @@ from wsi_pipeline.translators.bundle import (
     load_translator,
     load_translator_facts,
 )
-from wsi_pipeline.translators.parts import make_parts
+from wsi_pipeline.translators.parts import Parts, make_parts
 from wsi_pipeline.translators.sampler import draw
-from wsi_pipeline.translators.settings import DiffusionConfig, SamplingConfig
+from wsi_pipeline.translators.settings import SamplingConfig
 
 __all__ = ["Translator"]
 
@@ -231,27 +232,26 @@ def _runner(owner: Translator, identity: str, device: torch.device, batch: int, 
     """A runner for one slide's noise, kept because it remembers that memory ran out."""
     dtype = choose_dtype(owner.dtype, device)
     net = _network(owner.weights, identity, device, dtype)
+    diffusion, (low, high) = owner._facts.spec.diffusion, owner._facts.spec.value_range
+    parts = None if diffusion is None else make_parts(diffusion)
 
     def network(x: Tensor, *rest: Tensor) -> Tensor:
         made: Tensor = net(x.to(dtype), *rest).float()
         return made
 
     def translate(pixels_BHWC: Tensor, corners_B2: Tensor | None) -> Tensor:
-        low, high = owner._facts.spec.value_range
         image = (from_uint8(pixels_BHWC) + 1.0) * ((high - low) / 2.0) + low
-        if owner._facts.spec.diffusion is None or corners_B2 is None:
+        if parts is None or corners_B2 is None:
             made = network(image)
         else:
-            made = _drawn(owner, network, owner._facts.spec.diffusion, image, corners_B2, key)
+            made = _drawn(owner, network, parts, image, corners_B2, key)
         if not made.isfinite().all():
             raise GeneratorError(
                 f"{owner.weights}: makes values that are not numbers; its weights are damaged"
             )
         return to_uint8((made - low) * (2.0 / (high - low)) - 1.0, "round")
 
-    if device.type == "cpu":
-        return TileRunner(network=translate, device=device, lanes=batch)
-    return TileRunner(network=translate, device=device, micro_batch=batch)
+    return tile_runner(translate, device, batch)
 
 
 class _Stopped(Exception):
@@ -265,7 +265,7 @@ class _Stopped(Exception):
 def _drawn(
     owner: Translator,
     network: Callable[..., Tensor],
-    diffusion: DiffusionConfig,
+    parts: Parts,
     image: Tensor,
     corners_B2: Tensor,
     key: int,
@@ -278,7 +278,6 @@ def _drawn(
             raise _Stopped(state if owner.stopped == "state" else estimate)
 
     regions = [Region(int(y), int(x), *image.shape[-2:]) for y, x in corners_B2.tolist()]
-    parts = make_parts(diffusion)
     with _drawn_ahead(regions, key, owner.run * RUNS, spec.channels, image.device) as noise:
         if owner.stop_after == 0:
             return noise(0) if parts.path.from_noise else image
